@@ -1,0 +1,469 @@
+/**
+ * A WebSocket server for Deno and Bun that answers each message with the message reversed.
+ *
+ * To be read from the top: what the server says, what happens to a message, how a request becomes
+ * a socket, the two runtimes side by side, how it starts and stops.
+ */
+import { Buffer } from "node:buffer";
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import process from "node:process";
+import { setTimeout as sleep } from "node:timers/promises";
+import { parseArgs } from "node:util";
+import page from "./index.html" with { type: "text" };
+
+// ---- What the server says -----------------------------------------------------------------------
+// The subprotocols and the limits. A new subprotocol is one entry in the table, and independent of
+// the others: a function from a message to its reply or, for one that speaks first or remembers
+// something, an object whose `open` is called with each new connection.
+
+/** The text of a text message, or the bytes of a binary one. */
+export type Message = string | Uint8Array<ArrayBuffer>;
+
+/** Gives the reply to a message; nothing: no reply. It must not be async. */
+export type Reply = (message: Message) => Message | void;
+
+/** What a connection calls: `message` with each message, `close` once after its end. */
+export type Handlers = { message?: Reply; close?(): void };
+
+/** An entry of the table. */
+export type Subprotocol = Reply | { open(connection: Connection): Handlers | void };
+
+/** From a subprotocol's name to what it does with a message. */
+export const subprotocols: Record<string, Subprotocol> = {
+  "dumb-increment-protocol": reverse,
+};
+
+/** The limits of a server: to be changed here. */
+export const limits = {
+  messageBytes: 1024 * 1024, // a longer message closes its connection (1009)
+  unreadBytes: 2 * 1024 * 1024, // so do more bytes of replies that the client does not read (1008)
+  connections: 10_000, // open at once; further handshakes are answered with 503
+  idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
+  stopSeconds: 1, // for goodbyes when the server stops
+  logLines: 5000, // shown of each tenth of a second; the others are only counted
+};
+
+// ---- What happens to a message ------------------------------------------------------------------
+
+/**
+ * Gives a text's user-perceived characters (extended grapheme clusters, UAX #29, as the runtime's
+ * `Intl.Segmenter` cuts them) in reverse order, and bytes in reverse order. So `"noe\u0308l🇩🇪"`
+ * becomes `"🇩🇪le\u0308on"`. Reversing twice need not give the same text again: `"\n\r"` becomes
+ * `"\r\n"`, which is one cluster.
+ */
+export function reverse(message: string): string;
+export function reverse(message: Message): Message;
+export function reverse(message: Message): Message {
+  return typeof message === "string" ? reverseText(message) : message.toReversed();
+}
+
+// Plain ASCII is reversed four bytes at a time: 0.4 ns for each, a third of `reverse()` of an array.
+// For other text, the segmenter costs 100 to 400 ns for each UTF-16 unit, all the rest 1 to 5. So
+// a short probe asks it once about each unit whether that is plain: two plain neighbours never
+// share a cluster. Only where others stand (marks, joiners, emoji, jamo, CR) is it asked again.
+const encoder = new TextEncoder();
+const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
+const UNKNOWN = 0, PLAIN = 1, JOINING = 2;
+const kinds = new Uint8Array(0x10000).fill(JOINING, 0xd800, 0xe000); // halves of other planes
+
+function isPlain(unit: number): boolean {
+  if (kinds[unit] === UNKNOWN) {
+    const c = String.fromCharCode(unit);
+    const clusters = [...segmenter.segment(`a${c}${c}a${c}\n`)];
+    kinds[unit] = clusters.length === 6 ? PLAIN : JOINING;
+  }
+  return kinds[unit] === PLAIN;
+}
+
+// One buffer for all texts, as large as the largest so far, seen in three ways.
+let bytes: Buffer, units: Uint16Array, words: Uint32Array;
+makeRoom(8192);
+
+function makeRoom(size: number): void {
+  bytes = Buffer.alloc(size + 3 & ~3);
+  units = new Uint16Array(bytes.buffer);
+  words = new Uint32Array(bytes.buffer);
+}
+
+function reverseText(text: string): string {
+  const n = text.length;
+  if (2 * n > bytes.length) makeRoom(2 * n);
+  if (n > 32 && Buffer.byteLength(text) === n && !text.includes("\r\n")) return reverseAscii(text);
+  let segments: Intl.Segments | undefined;
+  for (let start = 0, end = 0; start < n; start = end) {
+    for (; end < n; end++) {
+      const unit = text.charCodeAt(end);
+      if (!isPlain(unit)) break;
+      units[n - 1 - end] = unit;
+    }
+    if (end === n) break;
+    if (end > start) start = end - 1; // the last plain one may belong to what follows
+    segments ??= segmenter.segment(text);
+    end = start + segments.containing(start)!.segment.length;
+    for (let from = start, to = n - end; from < end;) units[to++] = text.charCodeAt(from++);
+  }
+  return bytes.toString("utf16le", 0, 2 * n);
+}
+
+function reverseAscii(text: string): string {
+  encoder.encodeInto(text, bytes);
+  const size = text.length + 3 & ~3, four = words;
+  for (let i = 0, j = size / 4 - 1; i <= j; i++, j--) {
+    const first = four[i];
+    four[i] = swap(four[j]);
+    four[j] = swap(first);
+  }
+  return bytes.toString("latin1", size - text.length, size);
+}
+
+function swap(word: number): number {
+  return word << 24 | (word & 0xff00) << 8 | word >>> 8 & 0xff00 | word >>> 24;
+}
+
+// ---- How a request becomes a page, a refusal or a socket ----------------------------------------
+// The server checks a request itself before the runtime upgrades it, so that both runtimes answer
+// alike. What they answer by themselves never comes here: 400 for HTTP/1.1 without a Host and no
+// answer to an unknown method (Bun), 400 for two Hosts (Deno).
+
+// The page may use the style and script that stand in it and open WebSockets, nothing else.
+const inline = [...page.matchAll(/<(?:style|script)[^>]*>([^]*?)<\/(?:style|script)>/g)]
+  .map(([, text]) => `'sha256-${createHash("sha256").update(text).digest("base64")}'`).join(" ");
+const policy = `default-src 'none'; style-src ${inline}; script-src ${inline}; ` +
+  "img-src data:; connect-src ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+function respond(status: number, text: string, headers = {}, type = "text/plain"): Response {
+  const basic = { "content-type": `${type}; charset=utf-8`, "x-content-type-options": "nosniff" };
+  return new Response(text, { status, headers: { ...basic, ...headers } });
+}
+
+/** Gives the name of the subprotocol to upgrade to, or the page, or a refusal. */
+function look({ headers, method, url }: Request, origins: string[] = []): Response | string {
+  const refuse = (status: number, why: string, more = {}) => respond(status, why + "\n", more);
+  const header = (name: string) => headers.get(name) ?? "";
+  const items = (name: string) => header(name).split(",").map((item) => item.trim());
+  const names = (name: string, item: string) => items(name).some((i) => i.toLowerCase() === item);
+
+  if (!URL.canParse(url) || !URL.canParse(`http://${headers.get("host") ?? "absent"}`)) {
+    return refuse(400, "The URL or the Host header is not valid.");
+  }
+  if (!/^(GET|HEAD)$/.test(method)) return refuse(405, "Use GET.", { allow: "GET, HEAD" });
+  const handshake = names("upgrade", "websocket") || headers.has("sec-websocket-key");
+  if (!handshake && new URL(url).pathname !== "/") return refuse(404, "The page is at /.");
+  if (!handshake) return respond(200, page, { "content-security-policy": policy }, "text/html");
+
+  // RFC 6455 section 4.2.1; a proxy may have removed some of these headers.
+  if (method !== "GET") return refuse(405, "A handshake uses GET.", { allow: "GET" });
+  if (!headers.has("host")) return refuse(400, "The Host header is missing.");
+  if (!names("upgrade", "websocket")) {
+    return refuse(400, "The header Upgrade: websocket is missing.");
+  }
+  if (!names("connection", "upgrade")) {
+    return refuse(400, "The header Connection: Upgrade is missing.");
+  }
+  if (header("sec-websocket-version") !== "13") {
+    return refuse(426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" });
+  }
+  if (!/^[A-Za-z0-9+/]{22}==$/.test(header("sec-websocket-key"))) {
+    return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");
+  }
+  if (origins.length > 0 && headers.has("origin") && !origins.includes(header("origin"))) {
+    return refuse(403, "Pages of your origin may not connect.");
+  }
+  const spoken = Object.keys(subprotocols);
+  return items("sec-websocket-protocol").find((item) => spoken.includes(item)) ??
+    refuse(400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`);
+}
+
+/** What a connection needs of a socket: Bun's has it, Deno's is given it below. */
+interface Socket {
+  send(message: Message): number; // more than 0: all has left
+  getBufferedAmount(): number; // in bytes
+  close(code: number, reason: string): void;
+}
+
+/** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
+export class Connection {
+  #socket?: Socket; // from its opening to its end
+  #handlers: Handlers = {};
+
+  constructor(readonly subprotocol: string, readonly peer: string, readonly state: State) {
+    state.connections.add(this);
+  }
+
+  /** Sends a message. A client that leaves more than `limits.unreadBytes` unread is closed. */
+  send(message: Message): void {
+    if (typeof message !== "string" && !(message instanceof Uint8Array)) {
+      throw new TypeError("a message must be a string or a Uint8Array");
+    }
+    if (!this.#socket || this.#socket.send(message) > 0) return;
+    const unread = this.#socket.getBufferedAmount();
+    if (unread > limits.unreadBytes) this.close(1008, "too many unread replies");
+  }
+
+  /** Closes, with a code of RFC 6455 section 7.4 and a reason of at most 123 bytes. */
+  close(code = 1000, reason = ""): void {
+    this.#socket?.close(code, reason);
+    this.ended(code);
+  }
+
+  opened(socket: Socket): void {
+    this.#socket = socket;
+    this.state.log(() => `connected: ${this.peer}, ${this.subprotocol}`);
+    const entry = subprotocols[this.subprotocol];
+    this.#attempt(() => {
+      this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
+    });
+  }
+
+  received(message: Message): void {
+    this.#attempt(() => {
+      const reply = this.#handlers.message?.(message);
+      if (reply !== undefined) this.send(reply);
+      const replying = () => reply === undefined ? "" : `, replying: ${show(reply)}`;
+      this.state.log(() => `received data: ${show(message)}${replying()}`);
+    });
+  }
+
+  /** A runtime may tell of one end twice. */
+  ended(code: number): void {
+    if (!this.state.connections.delete(this) || !this.#socket) return;
+    this.#socket = undefined;
+    this.state.log(() => `closed: ${this.peer}, code ${code}`);
+    this.#attempt(() => this.#handlers.close?.());
+  }
+
+  /** An exception in a subprotocol ends its connection (1011) and nothing else. */
+  #attempt(step: () => void): void {
+    try {
+      step();
+    } catch (error) {
+      report(error);
+      this.close(1011, "internal error");
+    }
+  }
+}
+
+// ---- The two runtimes, side by side -------------------------------------------------------------
+// Each asks `accept` what to do with a request: respond, or upgrade it and tell the connection
+// what happens to its socket.
+
+type Accept = (request: Request, peer: () => string) => Response | Connection;
+
+function listenDeno(options: Options, accept: Accept): Server {
+  let server: Deno.HttpServer<Deno.NetAddr>;
+  start(options.port);
+  return { port: server!.addr.port, stop: () => server.shutdown() };
+
+  // It stops listening when file descriptors run out; then it tries until it can again.
+  function start(port?: number): void {
+    server = Deno.serve({ ...options, port, onListen() {} }, handle);
+    const again = (): Promise<void> => sleep(250).then(() => start(server.addr.port)).catch(again);
+    server.finished.catch(again);
+  }
+
+  function handle(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
+    const { hostname, port } = info.remoteAddr;
+    const connection = accept(request, () => host(hostname, port));
+    if (connection instanceof Response) return connection;
+    const idleTimeout = limits.idleSeconds;
+    const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout });
+    response.headers.set("sec-websocket-protocol", connection.subprotocol);
+    socket.binaryType = "arraybuffer";
+    let queued = 0; // replies since the queue was seen empty: each costs about 1 KiB of memory
+    socket.onopen = () =>
+      connection.opened({
+        send(message) {
+          if (socket.bufferedAmount === 0) queued = 0;
+          socket.send(message);
+          return -++queued;
+        },
+        getBufferedAmount: () => socket.bufferedAmount + queued * 1024,
+        close: (code, reason) => socket.close(code, reason),
+      });
+    socket.onmessage = ({ data }) => {
+      const message = typeof data === "string" ? data : new Uint8Array(data);
+      if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
+      else connection.close(1009, "message too big");
+    };
+    socket.onclose = ({ code }) => connection.ended(code || 1006);
+    // A client that leaves before the 101 causes no event: its place is freed after 10 s.
+    setTimeout(() => socket.readyState || connection.ended(1006), 10_000);
+    return response;
+  }
+}
+
+/** The little of Bun's types that is needed. */
+declare const Bun: { serve(options: object): BunServer } | undefined;
+type BunSocket = Socket & { data: Connection; binaryType: string };
+interface BunServer {
+  port: number;
+  stop(closeAll: boolean): Promise<void>;
+  requestIP(request: Request): { address: string; port: number } | null;
+  upgrade(request: Request, options: { headers: HeadersInit; data: Connection }): boolean;
+}
+
+function listenBun({ cert, key, ...options }: Options, accept: Accept): Server {
+  const server = Bun!.serve({
+    ...options,
+    tls: cert && { cert, key },
+    development: false,
+    fetch(request: Request, server: BunServer) {
+      const ip = () => server.requestIP(request);
+      const connection = accept(request, () => host(ip()?.address, ip()?.port));
+      if (connection instanceof Response) return connection;
+      const headers = { "sec-websocket-protocol": connection.subprotocol };
+      if (server.upgrade(request, { headers, data: connection })) return;
+      connection.ended(1006);
+      return respond(400, "This handshake is not valid.\n");
+    },
+    websocket: {
+      maxPayloadLength: limits.messageBytes,
+      idleTimeout: limits.idleSeconds,
+      backpressureLimit: limits.unreadBytes,
+      closeOnBackpressureLimit: true,
+      open(socket: BunSocket) {
+        socket.binaryType = "uint8array";
+        socket.data.opened(socket);
+      },
+      message: (socket: BunSocket, message: Message) => socket.data.received(message),
+      close: (socket: BunSocket, code: number) => socket.data.ended(code),
+    },
+  });
+  return { port: server.port, stop: () => server.stop(true) };
+}
+
+// ---- How it starts and stops --------------------------------------------------------------------
+
+type Where = { port?: number; hostname?: string; reusePort?: boolean; cert?: string; key?: string };
+
+/** Options of {@linkcode serve}, as `usage` explains them; `cert` and `key` are PEM texts. */
+export type Options = Where & { origins?: string[]; quiet?: boolean };
+
+/** A running server: the port it listens on; `stop` closes all connections (1001) first. */
+export type Server = { port: number; stop(): Promise<void> };
+
+/** What the connections of a server share. */
+type State = { connections: Set<Connection>; log(line: () => string): void };
+
+/** Starts a server, by default on port 9000. Throws if it cannot listen. */
+export function serve({ origins, quiet, ...where }: Options = {}): Server {
+  const connections = new Set<Connection>();
+  const state = { connections, log: quiet ? () => {} : log };
+  const listen = typeof Bun === "undefined" ? listenDeno : listenBun;
+  const server = listen({ port: 9000, hostname: "0.0.0.0", ...where }, (request, peer) => {
+    const found = look(request, origins);
+    if (found instanceof Response) return found;
+    if (connections.size < limits.connections) {
+      return new Connection(found, quiet ? "" : peer(), state);
+    }
+    return respond(503, "All connections are in use: try later.\n", { "retry-after": "10" });
+  });
+  const stop = async () => {
+    for (const connection of connections) connection.close(1001, "the server is stopping");
+    await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000, null, { ref: false })]);
+  };
+  return { port: server.port, stop };
+}
+
+// The log is written ten times a second, many lines at once, and what is more than anybody can
+// read is only counted: so it costs a busy server next to nothing.
+const lines: string[] = [];
+let more = 0;
+
+function log(line: () => string): void {
+  if (lines.length === 0) setTimeout(flush, 100);
+  if (lines.length < limits.logLines) lines.push(line());
+  else more++;
+}
+
+function flush(): void {
+  if (more > 0) lines.push(`(${more} more lines)`);
+  if (lines.length > 0) console.log(lines.join("\n"));
+  lines.length = more = 0;
+}
+
+/** A message as the log shows it: its first 80 characters, or the number of its bytes. */
+function show(message: Message): string {
+  if (typeof message !== "string") return `${message.length} bytes`;
+  const start = message.length <= 80 ? message : [...message.slice(0, 160)].slice(0, 80).join("");
+  return escape(start) + (start === message ? "" : `… (length ${message.length})`);
+}
+
+/** Client text must not steer the terminal, nor look like a line of the log. */
+function escape(text: string): string {
+  const code = (c: string) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0");
+  return text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, code);
+}
+
+function report(error: unknown): void {
+  const text = error instanceof Error && error.stack || String(error);
+  console.error(text.split("\n").map(escape).join("\n"));
+}
+
+function host(name = "unknown", port = 0): string {
+  return `${name.includes(":") ? `[${name}]` : name}:${port}`;
+}
+
+const usage = `A WebSocket server that answers each message with the message reversed.
+
+  --port N           listen on this port; 0: any free one (default: PORT, else 9000)
+  --hostname NAME    listen on this address (default: 0.0.0.0)
+  --origin ORIGIN    let only pages of this origin connect (may be repeated)
+  --cert F --key F   speak TLS, with these PEM files (Deno: --allow-read)
+  --reuse-port       share the port with other processes
+  --quiet            log only errors
+  --help             show this`;
+
+/** Reads the command line. Throws if it is wrong. */
+function parse(args: string[]): Options & { help?: boolean } {
+  const text = { type: "string" } as const, flag = { type: "boolean" } as const;
+  const origin = { type: "string", multiple: true } as const;
+  const where = { port: text, hostname: text, "reuse-port": flag, cert: text, key: text };
+  const { values } = parseArgs({ args, options: { ...where, origin, quiet: flag, help: flag } });
+  const { "reuse-port": reusePort, origin: origins, hostname = "0.0.0.0", quiet, help } = values;
+  const port = values.port ?? (environmentPort() || "9000");
+  if (!/^\d{1,5}$/.test(port) || Number(port) > 65535) {
+    throw new Error(`the port must be a number from 0 to 65535, not '${port}'`);
+  }
+  if (!values.cert !== !values.key) throw new Error("--cert and --key go together");
+  const [cert, key] = [values.cert, values.key].map((file) => file && readFileSync(file, "utf8"));
+  return { port: Number(port), hostname, reusePort, cert, key, origins, quiet, help };
+}
+
+/** PORT, where Deno may read it; otherwise Deno would stop and ask. */
+function environmentPort(): string | undefined {
+  const read = { name: "env", variable: "PORT" } as const;
+  const ask = typeof Deno !== "undefined" && Deno.permissions.querySync(read).state !== "granted";
+  return ask ? undefined : process.env.PORT;
+}
+
+function main(): void {
+  let options: ReturnType<typeof parse> = {};
+  try {
+    options = parse(process.argv.slice(2));
+    if (options.help) return console.log(usage);
+    run(serve(options), options);
+  } catch (error) {
+    const { code, message } = error as Error & { code?: string };
+    const used = code === "EADDRINUSE" && `port ${options.port} is in use: try another --port`;
+    console.error(`Cannot start: ${used || message.split("\n")[0]} (see --help)`);
+    process.exit(1);
+  }
+}
+
+/** Runs until a signal; a second one ends it at once. */
+function run(server: Server, { hostname = "", cert }: Options): void {
+  const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
+  console.log(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
+  process.on("uncaughtException", report).on("unhandledRejection", report);
+  const end = async () => {
+    process.on("SIGINT", () => process.exit(1)).on("SIGTERM", () => process.exit(1));
+    await server.stop();
+    flush();
+    process.exit(0);
+  };
+  process.once("SIGINT", end).once("SIGTERM", end);
+}
+
+if (import.meta.main) main();
