@@ -257,9 +257,15 @@ function listenDeno(options: Options, accept: Accept): Server {
     const { hostname, port } = info.remoteAddr;
     const connection = accept(request, () => host(hostname, port));
     if (connection instanceof Response) return connection;
-    const idleTimeout = limits.idleSeconds;
-    const { socket, response } = Deno.upgradeWebSocket(request, { idleTimeout });
-    response.headers.set("sec-websocket-protocol", connection.subprotocol);
+    // Deno would look for the subprotocol among the offers spelt "a, b" only: it finds just this one.
+    request.headers.get = (name) =>
+      /protocol$/i.test(name)
+        ? connection.subprotocol
+        : Headers.prototype.get.call(request.headers, name);
+    const { socket, response } = Deno.upgradeWebSocket(request, {
+      protocol: connection.subprotocol,
+      idleTimeout: limits.idleSeconds,
+    });
     socket.binaryType = "arraybuffer";
     let queued = 0; // replies since the queue was seen empty: each costs about 1 KiB of memory
     socket.onopen = () =>
