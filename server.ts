@@ -454,13 +454,15 @@ function run(server: Server, { hostname = "", cert }: Options): void {
   const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
   console.log(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
   process.on("uncaughtException", report).on("unhandledRejection", report);
+  let ending = false;
   const end = async () => {
-    process.on("SIGINT", () => process.exit(1)).on("SIGTERM", () => process.exit(1));
+    if (ending) process.exit(1);
+    ending = true;
     await server.stop();
     flush();
     process.exit(0);
   };
-  process.once("SIGINT", end).once("SIGTERM", end);
+  process.on("SIGINT", end).on("SIGTERM", end);
 }
 
 if (import.meta.main) main();
