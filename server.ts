@@ -6,7 +6,7 @@
  */
 import { Buffer } from "node:buffer";
 import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { readFileSync, write } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
@@ -41,7 +41,8 @@ export const limits = {
   connections: 10_000, // open at once; further handshakes are answered with 503
   idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
   stopSeconds: 1, // for goodbyes when the server stops
-  logLines: 5000, // shown of each tenth of a second; the others are only counted
+  burst: 50_000, // messages in a row that Bun reads from one client before any other (closed)
+  logLines: 2000, // shown of each tenth of a second; the others are only counted
 };
 
 // ---- What happens to a message ------------------------------------------------------------------
@@ -303,7 +304,7 @@ function listenDeno(options: Options, accept: Accept): Server {
 
 /** The little of Bun's types that is needed. */
 declare const Bun: { serve(options: object): BunServer } | undefined;
-type BunSocket = Socket & { data: Connection; binaryType: string };
+type BunSocket = Socket & { data: Connection; binaryType: string; terminate(): void };
 interface BunServer {
   port: number;
   stop(closeAll: boolean): Promise<void>;
@@ -312,8 +313,10 @@ interface BunServer {
 }
 
 function listenBun({ cert, key, ...options }: Options, accept: Accept): Server {
+  let reading: BunSocket | undefined, burst = 0;
   const server = Bun!.serve({
     ...options,
+    reusePort: options.reusePort ?? false, // else Bun shares the port with whoever has it
     tls: cert && { cert, key },
     development: false,
     fetch(request: Request, server: BunServer) {
@@ -334,8 +337,15 @@ function listenBun({ cert, key, ...options }: Options, accept: Accept): Server {
         socket.binaryType = "uint8array";
         socket.data.opened(socket);
       },
-      message: (socket: BunSocket, message: Message) => socket.data.received(message),
-      close: (socket: BunSocket, code: number) => socket.data.ended(code),
+      // Bun reads a client that floods for seconds before it turns to another.
+      message(socket: BunSocket, message: Message) {
+        if (socket !== reading) [reading, burst] = [socket, 0];
+        if (++burst % 1000 === 0) setImmediate(() => reading = undefined);
+        if (burst <= limits.burst) socket.data.received(message);
+        else socket.terminate();
+      },
+      close: (socket: BunSocket, code: number, reason: string) =>
+        socket.data.ended(reason === "Received too big message" ? 1009 : code),
     },
   });
   return { port: server.port, stop: () => server.stop(true) };
@@ -370,14 +380,15 @@ export function serve({ origins, quiet, ...where }: Options = {}): Server {
   const stop = async () => {
     for (const connection of connections) connection.close(1001, "the server is stopping");
     await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000, null, { ref: false })]);
+    await sleep(100); // for what is on its way
   };
   return { port: server.port, stop };
 }
 
-// The log is written ten times a second, many lines at once, and what is more than anybody can
-// read is only counted: so it costs a busy server next to nothing.
+// The log is written ten times a second, many lines at once; what is more than anybody can read, or
+// the other end takes, is only counted. So it costs a busy server little, and never stops it.
 const lines: string[] = [];
-let more = 0;
+let more = 0, writing = false;
 
 function log(line: () => string): void {
   if (lines.length === 0) setTimeout(flush, 100);
@@ -386,9 +397,18 @@ function log(line: () => string): void {
 }
 
 function flush(): void {
+  if (writing || lines.length === 0) return;
   if (more > 0) lines.push(`(${more} more lines)`);
-  if (lines.length > 0) console.log(lines.join("\n"));
+  print(lines.join("\n"), flush);
   lines.length = more = 0;
+}
+
+function print(text: string, then?: () => void): void {
+  writing = true;
+  write(1, text + "\n", () => {
+    writing = false;
+    then?.();
+  });
 }
 
 /** A message as the log shows it: its first 80 characters, or the number of its bytes. */
@@ -463,14 +483,15 @@ function main(): void {
 /** Runs until a signal; a second one ends it at once. */
 function run(server: Server, { hostname = "", cert }: Options): void {
   const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
-  console.log(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
+  print(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
   process.on("uncaughtException", report).on("unhandledRejection", report);
   let ending = false;
   const end = async () => {
     if (ending) process.exit(1);
     ending = true;
-    await server.stop();
+    const stopped = server.stop();
     flush();
+    await stopped;
     process.exit(0);
   };
   process.on("SIGINT", end).on("SIGTERM", end);
