@@ -129,41 +129,42 @@ function respond(status: number, text: string, headers = {}, type = "text/plain"
   return new Response(text, { status, headers: { ...basic, ...headers } });
 }
 
-/** Gives the name of the subprotocol to upgrade to, or the page, or a refusal. */
-function look({ headers, method, url }: Request, origins: string[] = []): Response | string {
-  const refuse = (status: number, why: string, more = {}) => respond(status, why + "\n", more);
-  const header = (name: string) => headers.get(name) ?? "";
-  const items = (name: string) => header(name).split(",").map((item) => item.trim());
-  const names = (name: string, item: string) => items(name).some((i) => i.toLowerCase() === item);
+// Items of a list, in any case.
+const WEBSOCKET = /(^|,)\s*websocket\s*(,|$)/i, UPGRADE = /(^|,)\s*upgrade\s*(,|$)/i;
 
-  if (!URL.canParse(url) || !URL.canParse(`http://${headers.get("host") ?? "absent"}`)) {
+/** Gives the name of the subprotocol to upgrade to, or the page, or a refusal. */
+function look(request: Request, origins: string[] = []): Response | string {
+  const { headers, method, url } = request;
+  const host = headers.get("host"), origin = headers.get("origin");
+  const upgrade = headers.get("upgrade") ?? "", connection = headers.get("connection") ?? "";
+  const version = headers.get("sec-websocket-version"), key = headers.get("sec-websocket-key");
+  const offers = headers.get("sec-websocket-protocol") ?? "";
+  const refuse = (status: number, why: string, more = {}) => respond(status, why + "\n", more);
+
+  if (!URL.canParse(url) || !URL.canParse(`http://${host ?? "absent"}`)) {
     return refuse(400, "The URL or the Host header is not valid.");
   }
   if (!/^(GET|HEAD)$/.test(method)) return refuse(405, "Use GET.", { allow: "GET, HEAD" });
-  const handshake = names("upgrade", "websocket") || headers.has("sec-websocket-key");
+  const handshake = key !== null || WEBSOCKET.test(upgrade);
   if (!handshake && new URL(url).pathname !== "/") return refuse(404, "The page is at /.");
   if (!handshake) return respond(200, page, { "content-security-policy": policy }, "text/html");
 
   // RFC 6455 section 4.2.1; a proxy may have removed some of these headers.
   if (method !== "GET") return refuse(405, "A handshake uses GET.", { allow: "GET" });
-  if (!headers.has("host")) return refuse(400, "The Host header is missing.");
-  if (!names("upgrade", "websocket")) {
-    return refuse(400, "The header Upgrade: websocket is missing.");
-  }
-  if (!names("connection", "upgrade")) {
-    return refuse(400, "The header Connection: Upgrade is missing.");
-  }
-  if (header("sec-websocket-version") !== "13") {
+  if (!host) return refuse(400, "The Host header is missing.");
+  if (!WEBSOCKET.test(upgrade)) return refuse(400, "The header Upgrade: websocket is missing.");
+  if (!UPGRADE.test(connection)) return refuse(400, "The header Connection: Upgrade is missing.");
+  if (version !== "13") {
     return refuse(426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" });
   }
-  if (!/^[A-Za-z0-9+/]{22}==$/.test(header("sec-websocket-key"))) {
+  if (!/^[A-Za-z0-9+/]{22}==$/.test(key ?? "")) {
     return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");
   }
-  if (origins.length > 0 && headers.has("origin") && !origins.includes(header("origin"))) {
+  if (origins.length > 0 && origin !== null && !origins.includes(origin)) {
     return refuse(403, "Pages of your origin may not connect.");
   }
   const spoken = Object.keys(subprotocols);
-  return items("sec-websocket-protocol").find((item) => spoken.includes(item)) ??
+  return offers.split(",").map((offer) => offer.trim()).find((offer) => spoken.includes(offer)) ??
     refuse(400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`);
 }
 
@@ -178,6 +179,7 @@ interface Socket {
 export class Connection {
   #socket?: Socket; // from its opening to its end
   #handlers: Handlers = {};
+  #since = Date.now();
 
   constructor(readonly subprotocol: string, readonly peer: string, readonly state: State) {
     state.connections.add(this);
@@ -201,6 +203,7 @@ export class Connection {
 
   opened(socket: Socket): void {
     this.#socket = socket;
+    this.state.connections.add(this);
     this.state.log(() => `connected: ${this.peer}, ${this.subprotocol}`);
     const entry = subprotocols[this.subprotocol];
     this.#attempt(() => {
@@ -215,6 +218,11 @@ export class Connection {
       const replying = () => reply === undefined ? "" : `, replying: ${show(reply)}`;
       this.state.log(() => `received data: ${show(message)}${replying()}`);
     });
+  }
+
+  /** Deno does not tell of a client that left before the 101: its place is freed when needed. */
+  expire(): void {
+    if (!this.#socket && Date.now() - this.#since > 1000) this.ended(1006);
   }
 
   /** A runtime may tell of one end twice. */
@@ -255,51 +263,52 @@ function listenDeno(options: Options, accept: Accept): Server {
   }
 
   function handle(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
-    const { hostname, port } = info.remoteAddr;
-    const connection = accept(request, () => host(hostname, port));
+    const peer = () => host(info.remoteAddr.hostname, info.remoteAddr.port);
+    const connection = accept(request, peer);
     if (connection instanceof Response) return connection;
-    // Deno would look for the subprotocol among the offers spelt "a, b" only: it finds just this one.
-    request.headers.get = (name) =>
-      /protocol$/i.test(name)
-        ? connection.subprotocol
-        : Headers.prototype.get.call(request.headers, name);
-    const { socket, response } = Deno.upgradeWebSocket(request, {
-      protocol: connection.subprotocol,
-      idleTimeout: limits.idleSeconds,
-    });
-    socket.binaryType = "arraybuffer";
-    // Deno queues without bound, and with about 1 KiB for each reply beside its bytes. Whether they
-    // leave shows after the event loop has turned; of empty ones it never shows.
-    let queued = 0, empty = 0, blocked = false, looking = false;
-    const unread = () => socket.bufferedAmount + 1024 * queued;
-    const look = () => {
-      looking = false;
-      blocked = socket.bufferedAmount > 0;
-      if (!blocked) queued = 0;
-    };
-    socket.onopen = () =>
-      connection.opened({
-        send(message) {
-          if (blocked) look();
-          socket.send(message);
-          queued++;
-          empty = message.length === 0 ? empty + 1 : 0;
-          if (!looking && unread() > limits.unreadBytes) looking = !!setTimeout(look, 0);
-          return 0;
-        },
-        getBufferedAmount: () => blocked ? unread() : 64 * empty, // 32,768 in a row are the limit
-        close: (code, reason) => socket.close(code, reason),
-      });
-    socket.onmessage = ({ data }) => {
-      const message = typeof data === "string" ? data : new Uint8Array(data);
-      if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
-      else connection.close(1009, "message too big");
-    };
-    socket.onclose = ({ code }) => connection.ended(code || 1006);
-    // A client that leaves before the 101 causes no event: its place is freed after 10 s.
-    setTimeout(() => socket.readyState || connection.ended(1006), 10_000);
+    const protocol = connection.subprotocol, idleTimeout = limits.idleSeconds;
+    offerOnly(protocol, request.headers);
+    const { socket, response } = Deno.upgradeWebSocket(request, { protocol, idleTimeout });
+    attach(socket, connection);
     return response;
   }
+}
+
+function attach(socket: WebSocket, connection: Connection): void {
+  // Deno queues without bound, and with about 1 KiB for each reply beside its bytes. Whether they
+  // leave shows after the event loop has turned; of empty ones it never shows.
+  let queued = 0, empty = 0, blocked = false, looking = false;
+  const unread = () => socket.bufferedAmount + 1024 * queued;
+  const look = () => {
+    looking = false;
+    blocked = socket.bufferedAmount > 0;
+    if (!blocked) queued = 0;
+  };
+  socket.binaryType = "arraybuffer";
+  socket.onopen = () =>
+    connection.opened({
+      send(message) {
+        if (blocked) look();
+        socket.send(message);
+        queued++;
+        empty = message.length === 0 ? empty + 1 : 0;
+        if (!looking && unread() > limits.unreadBytes) looking = !!setTimeout(look, 0);
+        return 0;
+      },
+      getBufferedAmount: () => blocked ? unread() : 64 * empty, // 32,768 in a row are the limit
+      close: (code, reason) => socket.close(code, reason),
+    });
+  socket.onmessage = ({ data }) => {
+    const message = typeof data === "string" ? data : new Uint8Array(data);
+    if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
+    else connection.close(1009, "message too big");
+  };
+  socket.onclose = ({ code }) => connection.ended(code || 1006);
+}
+
+/** Deno would look for the subprotocol only among offers spelt "a, b": it shall find just this. */
+function offerOnly(name: string, headers: Headers): void {
+  headers.get = (key) => /protocol$/i.test(key) ? name : Headers.prototype.get.call(headers, key);
 }
 
 /** The little of Bun's types that is needed. */
@@ -372,6 +381,7 @@ export function serve({ origins, quiet, ...where }: Options = {}): Server {
   const server = listen({ port: 9000, hostname: "0.0.0.0", ...where }, (request, peer) => {
     const found = look(request, origins);
     if (found instanceof Response) return found;
+    if (connections.size >= limits.connections) connections.forEach((other) => other.expire());
     if (connections.size < limits.connections) {
       return new Connection(found, quiet ? "" : peer(), state);
     }
@@ -482,9 +492,6 @@ function main(): void {
 
 /** Runs until a signal; a second one ends it at once. */
 function run(server: Server, { hostname = "", cert }: Options): void {
-  const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
-  print(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
-  process.on("uncaughtException", report).on("unhandledRejection", report);
   let ending = false;
   const end = async () => {
     if (ending) process.exit(1);
@@ -495,6 +502,9 @@ function run(server: Server, { hostname = "", cert }: Options): void {
     process.exit(0);
   };
   process.on("SIGINT", end).on("SIGTERM", end);
+  process.on("uncaughtException", report).on("unhandledRejection", report);
+  const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
+  print(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
 }
 
 if (import.meta.main) main();
