@@ -413,12 +413,16 @@ function flush(): void {
   lines.length = more = 0;
 }
 
+// `console.log` would block while the other end does not read; so would `write` on Deno.
 function print(text: string, then?: () => void): void {
-  writing = true;
-  write(1, text + "\n", () => {
+  const line = Buffer.from(text + "\n");
+  const done = () => {
     writing = false;
     then?.();
-  });
+  };
+  writing = true;
+  if (typeof Bun === "undefined") Deno.stdout.write(line).then(done, done);
+  else write(1, line, done);
 }
 
 /** A message as the log shows it: its first 80 characters, or the number of its bytes. */

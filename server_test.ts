@@ -747,6 +747,30 @@ describe("the console", () => {
     assert.equal(program.out, `Listening on http://localhost:${port}/\n`);
     assert.equal(program.err, "");
   });
+
+  test("may be left unread: the server goes on, and stops when told", async () => {
+    const { port, stop } = serve({ port: 0, quiet: true });
+    await stop(); // so the port is free
+    const unread = 'mkfifo "$0" && exec 3<>"$0" && exec "$@" >"$0"';
+    const command = [
+      process.execPath,
+      ...runtimeArgs,
+      join(here, "server.ts"),
+      "--port",
+      `${port}`,
+    ];
+    const program = new Program("sh", ["-c", unread, join(temporaryFolder(), "pipe"), ...command]);
+    let raw: Raw | void = undefined;
+    while (!raw) raw = await Raw.open(port).catch(() => sleep(50));
+    for (let i = 0; i < 2000; i++) {
+      assert.equal(
+        await raw.ask(`${i}`.padEnd(70)),
+        `${i}`.padEnd(70).split("").reverse().join(""),
+      );
+    }
+    program.signal("SIGTERM");
+    assert.equal(await program.end(), 0);
+  });
 });
 
 describe("options", () => {
