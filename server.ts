@@ -208,6 +208,7 @@ export class Connection {
     const entry = subprotocols[this.subprotocol];
     this.#attempt(() => {
       this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
+      if (!this.#socket) this.#handlers.close?.(); // it was closed in `open`
     });
   }
 
