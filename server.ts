@@ -37,11 +37,11 @@ export const subprotocols: Record<string, Subprotocol> = {
 /** The limits of a server: to be changed here. */
 export const limits = {
   messageBytes: 1024 * 1024, // a longer message closes its connection (1009)
-  unreadBytes: 2 * 1024 * 1024, // so do more bytes of replies that the client does not read (1008)
+  unreadBytes: 2 * 1024 * 1024, // more than this of replies left unread does, too (1008)
   connections: 10_000, // open at once; further handshakes are answered with 503
   idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
   stopSeconds: 1, // for goodbyes when the server stops
-  burst: 50_000, // messages in a row that Bun reads from one client before any other (closed)
+  burst: 50_000, // Bun: a client with more messages in a row, before others are read, is cut off
   logLines: 2000, // shown of each tenth of a second; the others are only counted
 };
 
@@ -114,6 +114,7 @@ function reverseAscii(text: string): string {
 }
 
 // ---- How a request becomes a page, a refusal or a socket ----------------------------------------
+// A WebSocket begins as a GET, the handshake, whose answer 101 upgrades it from HTTP to a socket.
 // The server checks a request itself before the runtime upgrades it, so that both runtimes answer
 // alike. What they answer by themselves never comes here: 400 for HTTP/1.1 without a Host and no
 // answer to an unknown method (Bun), 400 for two Hosts (Deno).
@@ -203,7 +204,7 @@ export class Connection {
 
   opened(socket: Socket): void {
     this.#socket = socket;
-    this.state.connections.add(this);
+    this.state.connections.add(this); // again, if it had expired
     this.state.log(() => `connected: ${this.peer}, ${this.subprotocol}`);
     const entry = subprotocols[this.subprotocol];
     this.#attempt(() => {
@@ -221,7 +222,7 @@ export class Connection {
     });
   }
 
-  /** Deno does not tell of a client that left before the 101: its place is freed when needed. */
+  /** When the server is full: Deno does not tell of clients that left before their socket opened. */
   expire(): void {
     if (!this.#socket && Date.now() - this.#since > 1000) this.ended(1006);
   }
@@ -246,8 +247,8 @@ export class Connection {
 }
 
 // ---- The two runtimes, side by side -------------------------------------------------------------
-// Each asks `accept` what to do with a request: respond, or upgrade it and tell the connection
-// what happens to its socket.
+// Each asks `accept` (which `serve`, below, gives it) about a request: a Response is sent; for a
+// Connection, the request is upgraded, and the connection told what happens to its socket.
 
 type Accept = (request: Request, peer: () => string) => Response | Connection;
 
@@ -278,10 +279,10 @@ function listenDeno(options: Options, accept: Accept): Server {
 function attach(socket: WebSocket, connection: Connection): void {
   // Deno queues without bound, and with about 1 KiB for each reply beside its bytes. Whether they
   // leave shows after the event loop has turned; of empty ones it never shows.
-  let queued = 0, empty = 0, blocked = false, looking = false;
+  let queued = 0, empty = 0, blocked = false, measuring = false;
   const unread = () => socket.bufferedAmount + 1024 * queued;
-  const look = () => {
-    looking = false;
+  const measure = () => {
+    measuring = false;
     blocked = socket.bufferedAmount > 0;
     if (!blocked) queued = 0;
   };
@@ -289,14 +290,14 @@ function attach(socket: WebSocket, connection: Connection): void {
   socket.onopen = () =>
     connection.opened({
       send(message) {
-        if (blocked) look();
+        if (blocked) measure();
         socket.send(message);
         queued++;
         empty = message.length === 0 ? empty + 1 : 0;
-        if (!looking && unread() > limits.unreadBytes) looking = !!setTimeout(look, 0);
-        return 0;
+        if (!measuring && unread() > limits.unreadBytes) measuring = !!setTimeout(measure, 0);
+        return 0; // see getBufferedAmount
       },
-      getBufferedAmount: () => blocked ? unread() : 64 * empty, // 32,768 in a row are the limit
+      getBufferedAmount: () => blocked ? unread() : 64 * empty, // as if 64 bytes each: 32,768 in a row reach 2 MiB
       close: (code, reason) => socket.close(code, reason),
     });
   socket.onmessage = ({ data }) => {
