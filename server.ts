@@ -9,8 +9,10 @@ import { createHash } from "node:crypto";
 import { readFileSync, write } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
-import { parseArgs } from "node:util";
+import { parseArgs, promisify } from "node:util";
 import page from "./index.html" with { type: "text" };
+
+const onBun = typeof Bun !== "undefined";
 
 // ---- What the server says -----------------------------------------------------------------------
 // The subprotocols and the limits. A new subprotocol is one entry in the table, and independent of
@@ -42,10 +44,13 @@ export const limits = {
   idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
   stopSeconds: 1, // for goodbyes when the server stops
   burst: 50_000, // Bun: a client with more messages in a row, before others are read, is cut off
-  logLines: 2000, // shown of each tenth of a second; the others are only counted
+  logBytes: 256 * 1024, // shown of each tenth of a second; further lines are only counted
 };
 
 // ---- What happens to a message ------------------------------------------------------------------
+// It is reversed. Text in the order in which people read it takes the segmenter, 100 to 400 ns for
+// each UTF-16 unit, where all else here takes 0.4 to 5: most of this part is about asking it little.
+// Who came for the sockets may go on below it.
 
 /**
  * Gives a text's user-perceived characters (extended grapheme clusters, UAX #29, as the runtime's
@@ -53,49 +58,44 @@ export const limits = {
  * becomes `"🇩🇪le\u0308on"`. Reversing twice need not give the same text again: `"\n\r"` becomes
  * `"\r\n"`, which is one cluster.
  */
-export function reverse(message: string): string;
-export function reverse(message: Message): Message;
 export function reverse(message: Message): Message {
   return typeof message === "string" ? reverseText(message) : message.toReversed();
 }
 
-// The segmenter costs 100 to 400 ns for each UTF-16 unit, all else here 0.4 to 5. So a short probe
-// asks it once about each unit whether that is plain: two plain neighbours never share a cluster.
-// Only where others stand (marks, joiners, emoji, jamo, CR) is it asked about the text itself.
+// Two plain UTF-16 units side by side never share a cluster. A short probe tells once of each unit
+// whether it is plain (1), or a mark, joiner, jamo, CR or half an emoji (2), around which to ask.
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
-const UNKNOWN = 0, PLAIN = 1, JOINING = 2;
-const kinds = new Uint8Array(0x10000).fill(JOINING, 0xd800, 0xe000); // surrogates
+const kinds = new Uint8Array(0x10000).fill(2, 0xd800, 0xe000); // surrogates
 
 function isPlain(unit: number): boolean {
-  if (kinds[unit] === UNKNOWN) {
+  if (kinds[unit] === 0) {
     const c = String.fromCharCode(unit);
-    const clusters = [...segmenter.segment(`a${c}${c}a${c}\n`)];
-    kinds[unit] = clusters.length === 6 ? PLAIN : JOINING;
+    kinds[unit] = [...segmenter.segment(`a${c}${c}a${c}\n`)].length === 6 ? 1 : 2;
   }
-  return kinds[unit] === PLAIN;
+  return kinds[unit] === 1;
 }
 
-// Room for the longest message, in three views; longer texts have to do without.
+// Room for the longest message, in three views; a longer text is left to the segmenter.
 const bytes = Buffer.alloc(2 * limits.messageBytes);
 const units = new Uint16Array(bytes.buffer), view = new DataView(bytes.buffer);
 
 function reverseText(text: string): string {
   const n = text.length;
   if (n > units.length) {
-    return Array.from(segmenter.segment(text), (s) => s.segment).reverse().join("");
+    return [...segmenter.segment(text)].map((s) => s.segment).reverse().join("");
   }
   if (n > 32 && Buffer.byteLength(text) === n && !text.includes("\r\n")) return reverseAscii(text);
+  let latin = 0; // text of Latin-1 alone leaves as such, which is faster to send
+  for (let unit; latin < n && (unit = text.charCodeAt(latin)) < 256 && isPlain(unit); latin++) {
+    bytes[n - 1 - latin] = unit;
+  }
+  if (latin === n) return bytes.toString("latin1", 0, n);
   let segments: Intl.Segments | undefined;
   for (let start = 0, end = 0; start < n; start = end) {
-    for (; end < n; end++) {
-      const unit = text.charCodeAt(end);
-      if (!isPlain(unit)) break;
-      units[n - 1 - end] = unit;
-    }
+    while (end < n && isPlain(text.charCodeAt(end))) units[n - 1 - end] = text.charCodeAt(end++);
     if (end === n) break;
-    if (end > start) start = end - 1; // the last plain one may belong to what follows
-    segments ??= segmenter.segment(text);
-    end = start + segments.containing(start)!.segment.length;
+    start = Math.max(start, end - 1); // the last plain one may belong to what follows
+    end = start + (segments ??= segmenter.segment(text)).containing(start)!.segment.length;
     for (let from = start, to = n - end; from < end;) units[to++] = text.charCodeAt(from++);
   }
   return bytes.toString("utf16le", 0, 2 * n);
@@ -130,108 +130,111 @@ function respond(status: number, text: string, headers = {}, type = "text/plain"
   return new Response(text, { status, headers: { ...basic, ...headers } });
 }
 
-// Items of a list, in any case.
-const WEBSOCKET = /(^|,)\s*websocket\s*(,|$)/i, UPGRADE = /(^|,)\s*upgrade\s*(,|$)/i;
+const KEY = /^[A-Za-z0-9+/]{22}==$/; // 16 bytes in base64
+
+/** A rule of HTTP or of the handshake: whether it is kept and, if not, the answer. */
+type Rule = [kept: unknown, status: number, why: string, headers?: object];
 
 /** Gives the name of the subprotocol to upgrade to, or the page, or a refusal. */
-function look(request: Request, origins: string[] = []): Response | string {
-  const { headers, method, url } = request;
-  const host = headers.get("host"), origin = headers.get("origin");
-  const upgrade = headers.get("upgrade") ?? "", connection = headers.get("connection") ?? "";
-  const version = headers.get("sec-websocket-version"), key = headers.get("sec-websocket-key");
-  const offers = headers.get("sec-websocket-protocol") ?? "";
-  const refuse = (status: number, why: string, more = {}) => respond(status, why + "\n", more);
-
-  if (!URL.canParse(url) || !URL.canParse(`http://${host ?? "absent"}`)) {
-    return refuse(400, "The URL or the Host header is not valid.");
-  }
-  if (!/^(GET|HEAD)$/.test(method)) return refuse(405, "Use GET.", { allow: "GET, HEAD" });
-  const handshake = key !== null || WEBSOCKET.test(upgrade);
-  if (!handshake && new URL(url).pathname !== "/") return refuse(404, "The page is at /.");
-  if (!handshake) return respond(200, page, { "content-security-policy": policy }, "text/html");
-
-  // RFC 6455 section 4.2.1; a proxy may have removed some of these headers.
-  if (method !== "GET") return refuse(405, "A handshake uses GET.", { allow: "GET" });
-  if (!host) return refuse(400, "The Host header is missing.");
-  if (!WEBSOCKET.test(upgrade)) return refuse(400, "The header Upgrade: websocket is missing.");
-  if (!UPGRADE.test(connection)) return refuse(400, "The header Connection: Upgrade is missing.");
-  if (version !== "13") {
-    return refuse(426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" });
-  }
-  if (!/^[A-Za-z0-9+/]{22}==$/.test(key ?? "")) {
-    return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");
-  }
-  if (origins.length > 0 && origin !== null && !origins.includes(origin)) {
-    return refuse(403, "Pages of your origin may not connect.");
-  }
+function answer({ method, url, headers }: Request, origins: string[]): Response | string {
+  const version = "sec-websocket-version", key = "sec-websocket-key";
+  const get = (name: string) => headers.get(name) ?? "";
+  const list = (name: string) => get(name).split(",").map((item) => item.trim());
+  const has = (name: string, item: string) => list(name).some((s) => s.toLowerCase() === item);
+  const path = URL.canParse(`http://${get("host") || "none"}`) && URL.parse(url)?.pathname;
+  const upgrade = has("upgrade", "websocket"), handshake = upgrade || headers.has(key);
+  const foreign = origins.length > 0 && headers.has("origin") && !origins.includes(get("origin"));
   const spoken = Object.keys(subprotocols);
-  return offers.split(",").map((offer) => offer.trim()).find((offer) => spoken.includes(offer)) ??
-    refuse(400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`);
+  const name = list("sec-websocket-protocol").find((offer) => spoken.includes(offer));
+
+  const rules: Rule[] = [
+    [path, 400, "The URL or the Host header is not valid."],
+    [/^(GET|HEAD)$/.test(method), 405, "Use GET.", { allow: "GET, HEAD" }],
+    [handshake || path === "/", 404, "The page is at /."],
+  ];
+  if (handshake) { // RFC 6455 section 4.2.1; a proxy may have removed some of these headers
+    rules.push(
+      [method === "GET", 405, "A handshake uses GET.", { allow: "GET" }],
+      [get("host"), 400, "The Host header is missing."],
+      [upgrade, 400, "The header Upgrade: websocket is missing."],
+      [has("connection", "upgrade"), 400, "The header Connection: Upgrade is missing."],
+      [get(version) === "13", 426, "Sec-WebSocket-Version must be 13.", { [version]: "13" }],
+      [KEY.test(get(key)), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
+      [!foreign, 403, "Pages of your origin may not connect."],
+      [name, 400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`],
+    );
+  }
+  for (const [kept, status, why, more] of rules) {
+    if (!kept) return respond(status, why + "\n", more);
+  }
+  return handshake ? name! : respond(200, page, { "content-security-policy": policy }, "text/html");
 }
 
 /** What a connection needs of a socket: Bun's has it, Deno's is given it below. */
 interface Socket {
-  send(message: Message): number; // more than 0: all has left
+  send(message: Message): void;
   getBufferedAmount(): number; // in bytes
   close(code: number, reason: string): void;
 }
+
+/** What the connections of a server share. */
+type Shared = { connections: Set<Connection>; log(line: () => string): void };
 
 /** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
 export class Connection {
   #socket?: Socket; // from its opening to its end
   #handlers: Handlers = {};
-  #since = Date.now();
 
-  constructor(readonly subprotocol: string, readonly peer: string, readonly state: State) {
-    state.connections.add(this);
-  }
+  constructor(readonly subprotocol: string, readonly peer: string, readonly shared: Shared) {}
 
   /** Sends a message. A client that leaves more than `limits.unreadBytes` unread is closed. */
   send(message: Message): void {
     if (typeof message !== "string" && !(message instanceof Uint8Array)) {
       throw new TypeError("a message must be a string or a Uint8Array");
     }
-    if (!this.#socket || this.#socket.send(message) > 0) return;
-    const unread = this.#socket.getBufferedAmount();
+    this.#socket?.send(message);
+    const unread = this.#socket?.getBufferedAmount() ?? 0;
     if (unread > limits.unreadBytes) this.close(1008, "too many unread replies");
   }
 
   /** Closes, with a code of RFC 6455 section 7.4 and a reason of at most 123 bytes. */
   close(code = 1000, reason = ""): void {
+    if (Buffer.byteLength(reason) > 123) throw new RangeError("a reason has at most 123 bytes");
     this.#socket?.close(code, reason);
     this.ended(code);
   }
 
   opened(socket: Socket): void {
     this.#socket = socket;
-    this.state.connections.add(this); // again, if it had expired
-    this.state.log(() => `connected: ${this.peer}, ${this.subprotocol}`);
-    const entry = subprotocols[this.subprotocol];
+    this.shared.connections.add(this);
+    this.shared.log(() => `connected: ${this.peer}, ${this.subprotocol}`);
+    const full = this.shared.connections.size > limits.connections;
+    if (full) return this.close(1013, "all connections are in use");
     this.#attempt(() => {
+      const entry = subprotocols[this.subprotocol];
       this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
       if (!this.#socket) this.#handlers.close?.(); // it was closed in `open`
     });
   }
 
   received(message: Message): void {
+    if (!this.#socket) return;
     this.#attempt(() => {
       const reply = this.#handlers.message?.(message);
       if (reply !== undefined) this.send(reply);
-      const replying = () => reply === undefined ? "" : `, replying: ${show(reply)}`;
-      this.state.log(() => `received data: ${show(message)}${replying()}`);
+      this.shared.log(() =>
+        `received data: ${show(message)}` +
+        (reply === undefined ? "" : `, replying: ${show(reply)}`)
+      );
     });
-  }
-
-  /** When the server is full: Deno does not tell of clients that left before their socket opened. */
-  expire(): void {
-    if (!this.#socket && Date.now() - this.#since > 1000) this.ended(1006);
   }
 
   /** A runtime may tell of one end twice. */
   ended(code: number): void {
-    if (!this.state.connections.delete(this) || !this.#socket) return;
+    if (!this.#socket) return;
     this.#socket = undefined;
-    this.state.log(() => `closed: ${this.peer}, code ${code}`);
+    this.shared.connections.delete(this);
+    this.shared.log(() => `closed: ${this.peer}, code ${code}`);
     this.#attempt(() => this.#handlers.close?.());
   }
 
@@ -240,7 +243,7 @@ export class Connection {
     try {
       step();
     } catch (error) {
-      report(error);
+      report(`${this.peer}, ${this.subprotocol}`, error);
       this.close(1011, "internal error");
     }
   }
@@ -250,54 +253,51 @@ export class Connection {
 // Each asks `accept` (which `serve`, below, gives it) about a request: a Response is sent; for a
 // Connection, the request is upgraded, and the connection told what happens to its socket.
 
-type Accept = (request: Request, peer: () => string) => Response | Connection;
+type Accept = (request: Request, host?: string, port?: number) => Response | Connection;
 
 function listenDeno(options: Options, accept: Accept): Server {
-  let server: Deno.HttpServer<Deno.NetAddr>;
-  start(options.port);
-  return { port: server!.addr.port, stop: () => server.shutdown() };
-
+  const start = (port?: number) => Deno.serve({ ...options, port, onListen() {} }, handle);
+  let server = start(options.port);
+  const { port } = server.addr;
   // It stops listening when file descriptors run out; then it tries until it can again.
-  function start(port?: number): void {
-    server = Deno.serve({ ...options, port, onListen() {} }, handle);
-    const again = (): Promise<void> => sleep(250).then(() => start(server.addr.port)).catch(again);
-    server.finished.catch(again);
-  }
+  const again = (): Promise<void> =>
+    sleep(250).then(() => (server = start(port)).finished).catch(again);
+  server.finished.catch(again);
+  return { port, stop: () => server.shutdown() };
 
-  function handle(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
-    const peer = () => host(info.remoteAddr.hostname, info.remoteAddr.port);
-    const connection = accept(request, peer);
+  function handle(request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
+    const connection = accept(request, remoteAddr.hostname, remoteAddr.port);
     if (connection instanceof Response) return connection;
-    const protocol = connection.subprotocol, idleTimeout = limits.idleSeconds;
-    offerOnly(protocol, request.headers);
-    const { socket, response } = Deno.upgradeWebSocket(request, { protocol, idleTimeout });
+    // Deno would look for the subprotocol only among offers spelt "a, b": it shall find just this.
+    const { headers } = request, protocol = connection.subprotocol, { get } = headers;
+    headers.get = (name) => /protocol$/i.test(name) ? protocol : get.call(headers, name);
+    const how = { protocol, idleTimeout: limits.idleSeconds };
+    const { socket, response } = Deno.upgradeWebSocket(request, how);
     attach(socket, connection);
     return response;
   }
 }
 
+// Deno queues replies without bound, with about 1 KiB for each beside its bytes. Whether they leave
+// shows once the event loop has turned; of empty ones it never shows, so each counts as 64 bytes.
 function attach(socket: WebSocket, connection: Connection): void {
-  // Deno queues without bound, and with about 1 KiB for each reply beside its bytes. Whether they
-  // leave shows after the event loop has turned; of empty ones it never shows.
-  let queued = 0, empty = 0, blocked = false, measuring = false;
+  let queued = 0, empty = 0, turned: boolean | undefined;
   const unread = () => socket.bufferedAmount + 1024 * queued;
-  const measure = () => {
-    measuring = false;
-    blocked = socket.bufferedAmount > 0;
-    if (!blocked) queued = 0;
-  };
   socket.binaryType = "arraybuffer";
   socket.onopen = () =>
     connection.opened({
       send(message) {
-        if (blocked) measure();
+        if (socket.bufferedAmount === 0) queued = 0;
         socket.send(message);
         queued++;
-        empty = message.length === 0 ? empty + 1 : 0;
-        if (!measuring && unread() > limits.unreadBytes) measuring = !!setTimeout(measure, 0);
-        return 0; // see getBufferedAmount
+        empty = message.length > 0 ? 0 : empty + 1;
+        if (unread() <= limits.unreadBytes) turned = undefined;
+        else if (turned === undefined) {
+          turned = false;
+          setTimeout(() => turned = true);
+        }
       },
-      getBufferedAmount: () => blocked ? unread() : 64 * empty, // as if 64 bytes each: 32,768 in a row reach 2 MiB
+      getBufferedAmount: () => turned ? unread() : 64 * empty,
       close: (code, reason) => socket.close(code, reason),
     });
   socket.onmessage = ({ data }) => {
@@ -308,13 +308,8 @@ function attach(socket: WebSocket, connection: Connection): void {
   socket.onclose = ({ code }) => connection.ended(code || 1006);
 }
 
-/** Deno would look for the subprotocol only among offers spelt "a, b": it shall find just this. */
-function offerOnly(name: string, headers: Headers): void {
-  headers.get = (key) => /protocol$/i.test(key) ? name : Headers.prototype.get.call(headers, key);
-}
-
 /** The little of Bun's types that is needed. */
-declare const Bun: { serve(options: object): BunServer } | undefined;
+declare const Bun: { serve(options: object): BunServer };
 type BunSocket = Socket & { data: Connection; binaryType: string; terminate(): void };
 interface BunServer {
   port: number;
@@ -323,108 +318,90 @@ interface BunServer {
   upgrade(request: Request, options: { headers: HeadersInit; data: Connection }): boolean;
 }
 
-function listenBun({ cert, key, ...options }: Options, accept: Accept): Server {
+function listenBun({ cert, key, reusePort = false, ...where }: Options, accept: Accept): Server {
+  const tls = cert && { cert, key };
   let reading: BunSocket | undefined, burst = 0;
-  const server = Bun!.serve({
-    ...options,
-    reusePort: options.reusePort ?? false, // else Bun shares the port with whoever has it
-    tls: cert && { cert, key },
-    development: false,
-    fetch(request: Request, server: BunServer) {
-      const ip = () => server.requestIP(request);
-      const connection = accept(request, () => host(ip()?.address, ip()?.port));
-      if (connection instanceof Response) return connection;
-      const headers = { "sec-websocket-protocol": connection.subprotocol };
-      if (server.upgrade(request, { headers, data: connection })) return;
-      connection.ended(1006);
-      return respond(400, "This handshake is not valid.\n");
+  const websocket = {
+    maxPayloadLength: limits.messageBytes,
+    idleTimeout: limits.idleSeconds,
+    open(socket: BunSocket) {
+      socket.binaryType = "uint8array";
+      socket.data.opened(socket);
     },
-    websocket: {
-      maxPayloadLength: limits.messageBytes,
-      idleTimeout: limits.idleSeconds,
-      backpressureLimit: limits.unreadBytes,
-      closeOnBackpressureLimit: true,
-      open(socket: BunSocket) {
-        socket.binaryType = "uint8array";
-        socket.data.opened(socket);
-      },
-      // Bun reads a client that floods for seconds before it turns to another.
-      message(socket: BunSocket, message: Message) {
-        if (socket !== reading) [reading, burst] = [socket, 0];
-        if (++burst % 1000 === 0) setImmediate(() => reading = undefined);
-        if (burst <= limits.burst) socket.data.received(message);
-        else socket.terminate();
-      },
-      close: (socket: BunSocket, code: number, reason: string) =>
-        socket.data.ended(reason === "Received too big message" ? 1009 : code),
+    // Bun reads a client that floods for seconds before it turns to another.
+    message(socket: BunSocket, message: Message) {
+      burst = socket === reading ? burst + 1 : 1;
+      reading = socket;
+      if (burst % 1000 === 0) setImmediate(() => reading = undefined);
+      if (burst <= limits.burst) socket.data.received(message);
+      else socket.terminate();
     },
-  });
+    close: (socket: BunSocket, code: number, reason: string) =>
+      socket.data.ended(reason === "Received too big message" ? 1009 : code),
+  };
+  function fetch(request: Request, server: BunServer): Response | void {
+    const peer = server.requestIP(request);
+    const connection = accept(request, peer?.address, peer?.port);
+    if (connection instanceof Response) return connection;
+    const headers = { "sec-websocket-protocol": connection.subprotocol };
+    if (server.upgrade(request, { headers, data: connection })) return;
+    return respond(400, "This handshake is not valid.\n");
+  }
+  const server = Bun.serve({ ...where, reusePort, tls, development: false, fetch, websocket });
   return { port: server.port, stop: () => server.stop(true) };
 }
 
 // ---- How it starts and stops --------------------------------------------------------------------
 
-type Where = { port?: number; hostname?: string; reusePort?: boolean; cert?: string; key?: string };
-
 /** Options of {@linkcode serve}, as `usage` explains them; `cert` and `key` are PEM texts. */
-export type Options = Where & { origins?: string[]; quiet?: boolean };
+export type Options = Partial<ReturnType<typeof parse>>;
 
 /** A running server: the port it listens on; `stop` closes all connections (1001) first. */
 export type Server = { port: number; stop(): Promise<void> };
 
-/** What the connections of a server share. */
-type State = { connections: Set<Connection>; log(line: () => string): void };
-
 /** Starts a server, by default on port 9000. Throws if it cannot listen. */
-export function serve({ origins, quiet, ...where }: Options = {}): Server {
-  const connections = new Set<Connection>();
-  const state = { connections, log: quiet ? () => {} : log };
-  const listen = typeof Bun === "undefined" ? listenDeno : listenBun;
-  const server = listen({ port: 9000, hostname: "0.0.0.0", ...where }, (request, peer) => {
-    const found = look(request, origins);
+export function serve(options: Options = {}): Server {
+  const { port = 9000, hostname = "0.0.0.0", origins = [], quiet, ...where } = options;
+  const shared = { connections: new Set<Connection>(), log: quiet ? () => {} : log };
+  const listen = onBun ? listenBun : listenDeno;
+  const server = listen({ port, hostname, ...where }, (request, ...peer) => {
+    const found = answer(request, origins);
     if (found instanceof Response) return found;
-    if (connections.size >= limits.connections) connections.forEach((other) => other.expire());
-    if (connections.size < limits.connections) {
-      return new Connection(found, quiet ? "" : peer(), state);
+    if (shared.connections.size < limits.connections) {
+      return new Connection(found, address(...peer), shared);
     }
     return respond(503, "All connections are in use: try later.\n", { "retry-after": "10" });
   });
   const stop = async () => {
-    for (const connection of connections) connection.close(1001, "the server is stopping");
-    await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000, null, { ref: false })]);
-    await sleep(100); // for what is on its way
+    for (const connection of shared.connections) connection.close(1001, "the server is stopping");
+    const longest = sleep(limits.stopSeconds * 1000, null, { ref: false });
+    await Promise.race([server.stop().then(() => sleep(100)), longest]); // what is on its way
   };
   return { port: server.port, stop };
 }
 
 // The log is written ten times a second, many lines at once; what is more than anybody can read, or
 // the other end takes, is only counted. So it costs a busy server little, and never stops it.
-const lines: string[] = [];
-let more = 0, writing = false;
+const lines = Buffer.alloc(limits.logBytes);
+let used = 0, more = 0, logged: Promise<unknown> = Promise.resolve();
 
 function log(line: () => string): void {
-  if (lines.length === 0) setTimeout(flush, 100);
-  if (lines.length < limits.logLines) lines.push(line());
+  if (used === 0) logged = Promise.all([logged, sleep(100)]).then(flush);
+  if (used < lines.length - 2000) used += lines.write(line() + "\n", used);
   else more++;
 }
 
-function flush(): void {
-  if (writing || lines.length === 0) return;
-  if (more > 0) lines.push(`(${more} more lines)`);
-  print(lines.join("\n"), flush);
-  lines.length = more = 0;
+function flush(): Promise<unknown> {
+  if (more > 0) used += lines.write(`(${more} more lines)\n`, used);
+  const text = Buffer.from(lines.subarray(0, used));
+  used = more = 0;
+  return print(text);
 }
 
-// `console.log` would block while the other end does not read; so would `write` on Deno.
-function print(text: string, then?: () => void): void {
-  const line = Buffer.from(text + "\n");
-  const done = () => {
-    writing = false;
-    then?.();
-  };
-  writing = true;
-  if (typeof Bun === "undefined") Deno.stdout.write(line).then(done, done);
-  else write(1, line, done);
+// `console.log` would block while nobody reads, and so would `write` on Deno.
+function print(text: Uint8Array): Promise<unknown> {
+  const written = onBun ? promisify(write)(1, text) : Deno.stdout.write(text);
+  return written.catch(() => {}); // nobody wants it
 }
 
 /** A message as the log shows it: its first 80 characters, or the number of its bytes. */
@@ -440,12 +417,12 @@ function escape(text: string): string {
   return text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, code);
 }
 
-function report(error: unknown): void {
+function report(where: string, error: unknown): void {
   const text = error instanceof Error && error.stack || String(error);
-  console.error(text.split("\n").map(escape).join("\n"));
+  console.error(`failed: ${where}\n` + text.split("\n").map(escape).join("\n"));
 }
 
-function host(name = "unknown", port = 0): string {
+function address(name = "unknown", port = 0): string {
   return `${name.includes(":") ? `[${name}]` : name}:${port}`;
 }
 
@@ -460,34 +437,49 @@ const usage = `A WebSocket server that answers each message with the message rev
   --help             show this`;
 
 /** Reads the command line. Throws if it is wrong. */
-function parse(args: string[]): Options & { help?: boolean } {
+function parse(args: string[]) {
   const text = { type: "string" } as const, flag = { type: "boolean" } as const;
-  const origin = { type: "string", multiple: true } as const;
   const where = { port: text, hostname: text, "reuse-port": flag, cert: text, key: text };
+  const origin = { ...text, multiple: true } as const;
   const { values } = parseArgs({ args, options: { ...where, origin, quiet: flag, help: flag } });
-  const { "reuse-port": reusePort, origin: origins, hostname = "0.0.0.0", quiet, help } = values;
-  const port = values.port ?? (environmentPort() || "9000");
+  const { hostname, quiet, help, "reuse-port": reusePort, origin: origins } = values;
+  const [cert, key] = [values.cert, values.key].map((file) => file && readFileSync(file, "utf8"));
+  if (!cert !== !key || cert === "") throw new Error("--cert and --key go together, a file each");
+  // Deno would stop and ask for leave to read PORT.
+  const read = { name: "env", variable: "PORT" } as const;
+  const mayRead = onBun || Deno.permissions.querySync(read).state === "granted";
+  const port = values.port ?? (mayRead && process.env.PORT || "9000");
   if (!/^\d{1,5}$/.test(port) || Number(port) > 65535) {
     throw new Error(`the port must be a number from 0 to 65535, not '${port}'`);
   }
-  if (!values.cert !== !values.key) throw new Error("--cert and --key go together");
-  const [cert, key] = [values.cert, values.key].map((file) => file && readFileSync(file, "utf8"));
   return { port: Number(port), hostname, reusePort, cert, key, origins, quiet, help };
 }
 
-/** PORT, where Deno may read it; otherwise Deno would stop and ask. */
-function environmentPort(): string | undefined {
-  const read = { name: "env", variable: "PORT" } as const;
-  const ask = typeof Deno !== "undefined" && Deno.permissions.querySync(read).state !== "granted";
-  return ask ? undefined : process.env.PORT;
+/** Runs until a signal; a second one ends it at once. */
+function run(options: Options): void {
+  const server = serve(options);
+  let signals = 0;
+  const end = async () => {
+    if (++signals > 1) process.exit(1);
+    await server.stop();
+    await Promise.race([logged, sleep(100)]);
+    process.exit(0);
+  };
+  process.on("SIGINT", end).on("SIGTERM", end);
+  for (const event of ["uncaughtException", "unhandledRejection"]) {
+    process.on(event, (error) => report(event, error));
+  }
+  const name = (options.hostname ?? "").replace(/^(0\.0\.0\.0|::|)$/, "localhost");
+  const url = `http${options.cert ? "s" : ""}://${address(name, server.port)}/`;
+  print(Buffer.from(`Listening on ${url}\n`));
 }
 
-function main(): void {
-  let options: ReturnType<typeof parse> = {};
+if (import.meta.main) {
+  let options: Options = {};
   try {
     options = parse(process.argv.slice(2));
-    if (options.help) return console.log(usage);
-    run(serve(options), options);
+    if (options.help) console.log(usage);
+    else run(options);
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
     const used = code === "EADDRINUSE" && `port ${options.port} is in use: try another --port`;
@@ -495,22 +487,3 @@ function main(): void {
     process.exit(1);
   }
 }
-
-/** Runs until a signal; a second one ends it at once. */
-function run(server: Server, { hostname = "", cert }: Options): void {
-  let ending = false;
-  const end = async () => {
-    if (ending) process.exit(1);
-    ending = true;
-    const stopped = server.stop();
-    flush();
-    await stopped;
-    process.exit(0);
-  };
-  process.on("SIGINT", end).on("SIGTERM", end);
-  process.on("uncaughtException", report).on("unhandledRejection", report);
-  const name = /^(0\.0\.0\.0|::|)$/.test(hostname) ? "localhost" : hostname;
-  print(`Listening on http${cert ? "s" : ""}://${host(name, server.port)}/`);
-}
-
-if (import.meta.main) main();

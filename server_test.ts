@@ -554,6 +554,17 @@ describe("subprotocols", () => {
     await once(raw.socket, "close");
     assert.equal(ends, 1);
   });
+
+  test("hear of no message after they have closed", async () => {
+    let calls = 0;
+    subprotocols.once = {
+      open: (connection) => ({ message: () => (calls++, connection.close()) }),
+    };
+    const raw = await Raw.open(listen(), "once");
+    raw.socket.write(Buffer.concat(Array(100).fill(frame(TEXT, "x"))));
+    await raw.end();
+    assert.equal(calls, 1);
+  });
 });
 
 // ---- Messages -----------------------------------------------------------------------------------
@@ -738,6 +749,20 @@ describe("the console", () => {
     ]);
   });
 
+  test("shows what a person can read, and counts the lines left out", async () => {
+    const program = start(["--port", "0"]);
+    const socket = await connect(await program.port());
+    await replies(socket, Array(10_000).fill("x".repeat(100)));
+    socket.close();
+    await eventually(async () => {
+      await sleep(0);
+      const shown = program.out.match(/^(connected|received data|closed): .*$/gm) ?? [];
+      const left = [...program.out.matchAll(/^\((\d+) more lines\)$/gm)];
+      assert.ok(left.length > 0);
+      assert.equal(left.reduce((sum, [, n]) => sum + Number(n), shown.length), 10_002);
+    }, "all lines");
+  });
+
   test("with --quiet says only where it listens", async () => {
     const program = start(["--port", "0", "--quiet"]);
     const port = await program.port();
@@ -787,6 +812,7 @@ describe("options", () => {
     [["--cert", wrongFile], /--key/],
     [["--key", wrongFile], /--cert/],
     [["--port", "0", "--cert", absent, "--key", absent], /absent\.pem/],
+    [["--port", "0", "--cert", "", "--key", ""], /--cert/],
     [["--port", "0", "--cert", wrongFile, "--key", wrongFile], /./],
     [["--port", "0", "--hostname", "203.0.113.1"], /./],
     [[], /abc/, { PORT: "abc" }],
@@ -972,6 +998,18 @@ describe("limits", () => {
     }
   });
 
+  test("of many handshakes at once no more stay than there are places", async () => {
+    limits.connections = 3;
+    const port = listen();
+    const crowd = Array.from({ length: 20 }, () => Raw.to(port));
+    for (const { socket } of crowd) socket.write(handshake());
+    const answers = await Promise.all(crowd.map((raw) => raw.answer()));
+    const open = crowd.filter((_, i) => answers[i]?.status === 101);
+    const replies = await Promise.all(open.map((raw) => raw.ask("stay")));
+    assert.equal(replies.filter((reply) => reply === "yats").length, 3);
+    assert.equal((await request(port, handshake())).status, 503);
+  });
+
   test("a peer that answers no pings is let go, and its place; a living one stays", async () => {
     Object.assign(limits, { idleSeconds: 8, connections: 3 });
     const port = listen();
@@ -998,6 +1036,7 @@ describe("a subprotocol that fails", () => {
       "is-async": async (message: Message) => message,
       "gives-a-number": () => 5,
       "timer-throws": { open: () => void setTimeout(() => fail("thrown by a timer")) },
+      "long-reason": { open: (connection: Connection) => connection.close(1000, "é".repeat(62)) },
       "promise-rejects": { open: () => void Promise.reject(new Error("rejected later")) },
     });`;
   const failures: Record<string, RegExp> = {
@@ -1005,6 +1044,7 @@ describe("a subprotocol that fails", () => {
     "open-throws": /^Error: thrown in open\n +at .*server\.ts/m,
     "is-async": /^TypeError: .*string or a Uint8Array\n +at/m,
     "gives-a-number": /^TypeError: .*string or a Uint8Array\n +at/m,
+    "long-reason": /^RangeError: .*123 bytes\n +at/m,
   };
 
   test("costs its own connection, with 1011, and nobody else anything", async () => {
@@ -1017,6 +1057,8 @@ describe("a subprotocol that fails", () => {
       assert.match(await raw.end(), /^1011 ./);
       await until(program.child.stderr!, () => stack.test(program.err) || undefined);
       assert.match(program.err, stack);
+      const peer = `127.0.0.1:${raw.socket.localPort}`;
+      assert.equal(program.err.split("\n")[0], `failed: ${peer}, ${name}`);
       assert.equal(await other.ask("serving"), "gnivres");
       program.err = "";
     }
