@@ -130,43 +130,36 @@ function respond(status: number, text: string, headers = {}, type = "text/plain"
 }
 
 const KEY = /^[A-Za-z0-9+/]{22}==$/; // 16 bytes in base64
-
-/** A rule of HTTP or of the handshake: whether it is kept and, if not, the answer. */
-type Rule = [kept: unknown, status: number, why: string, headers?: object];
+const WEBSOCKET = /(^|,)\s*websocket\s*(,|$)/i, UPGRADE = /(^|,)\s*upgrade\s*(,|$)/i; // of a list
 
 /** Gives the name of the subprotocol to upgrade to, or the page, or a refusal. */
 function answer({ method, url, headers }: Request, origins: string[]): Response | string {
-  const version = "sec-websocket-version", key = "sec-websocket-key";
   const get = (name: string) => headers.get(name) ?? "";
-  const list = (name: string) => get(name).split(",").map((item) => item.trim());
-  const has = (name: string, item: string) => list(name).some((s) => s.toLowerCase() === item);
   const path = URL.canParse(`http://${get("host") || "none"}`) && URL.parse(url)?.pathname;
-  const upgrade = has("upgrade", "websocket"), handshake = upgrade || headers.has(key);
+  const upgrade = WEBSOCKET.test(get("upgrade")), key = headers.get("sec-websocket-key");
+  const handshake = upgrade || key !== null;
   const foreign = origins.length > 0 && headers.has("origin") && !origins.includes(get("origin"));
+  const refuse = (status: number, why: string, more = {}) => respond(status, why + "\n", more);
   const spoken = Object.keys(subprotocols);
-  const name = list("sec-websocket-protocol").find((offer) => spoken.includes(offer));
+  const offers = get("sec-websocket-protocol").split(",").map((offer) => offer.trim());
+  const name = offers.find((offer) => spoken.includes(offer));
 
-  const rules: Rule[] = [
-    [path, 400, "The URL or the Host header is not valid."],
-    [/^(GET|HEAD)$/.test(method), 405, "Use GET.", { allow: "GET, HEAD" }],
-    [handshake || path === "/", 404, "The page is at /."],
-  ];
-  if (handshake) { // RFC 6455 section 4.2.1; a proxy may have removed some of these headers
-    rules.push(
-      [method === "GET", 405, "A handshake uses GET.", { allow: "GET" }],
-      [get("host"), 400, "The Host header is missing."],
-      [upgrade, 400, "The header Upgrade: websocket is missing."],
-      [has("connection", "upgrade"), 400, "The header Connection: Upgrade is missing."],
-      [get(version) === "13", 426, "Sec-WebSocket-Version must be 13.", { [version]: "13" }],
-      [KEY.test(get(key)), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
-      [!foreign, 403, "Pages of your origin may not connect."],
-      [name, 400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`],
-    );
+  if (!path) return refuse(400, "The URL or the Host header is not valid.");
+  if (!/^(GET|HEAD)$/.test(method)) return refuse(405, "Use GET.", { allow: "GET, HEAD" });
+  if (!handshake && path !== "/") return refuse(404, "The page is at /.");
+  if (!handshake) return respond(200, page, { "content-security-policy": policy }, "text/html");
+
+  // RFC 6455 section 4.2.1; a proxy may have removed some of these headers.
+  if (method !== "GET") return refuse(405, "A handshake uses GET.", { allow: "GET" });
+  if (!get("host")) return refuse(400, "The Host header is missing.");
+  if (!upgrade) return refuse(400, "The header Upgrade: websocket is missing.");
+  if (!UPGRADE.test(get("connection"))) return refuse(400, "Connection: Upgrade is missing.");
+  if (get("sec-websocket-version") !== "13") {
+    return refuse(426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" });
   }
-  for (const [kept, status, why, more] of rules) {
-    if (!kept) return respond(status, why + "\n", more);
-  }
-  return handshake ? name! : respond(200, page, { "content-security-policy": policy }, "text/html");
+  if (!KEY.test(key ?? "")) return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");
+  if (foreign) return refuse(403, "Pages of your origin may not connect.");
+  return name ?? refuse(400, `Sec-WebSocket-Protocol must offer one of: ${spoken.join(", ")}.`);
 }
 
 /** What a connection needs of a socket: Bun's has it, Deno's is given it below. */
@@ -182,7 +175,7 @@ type Shared = { connections: Set<Connection>; log(line: () => string): void };
 /** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
 export class Connection {
   #socket?: Socket; // from its opening to its end
-  #handlers: Handlers = {};
+  #handlers?: Handlers;
 
   constructor(readonly subprotocol: string, readonly peer: string, readonly shared: Shared) {}
 
@@ -219,7 +212,7 @@ export class Connection {
   received(message: Message): void {
     if (!this.#socket) return;
     this.#attempt(() => {
-      const reply = this.#handlers.message?.(message);
+      const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
       this.shared.log(() =>
         `received data: ${show(message)}` +
@@ -234,7 +227,7 @@ export class Connection {
     this.#socket = undefined;
     this.shared.connections.delete(this);
     this.shared.log(() => `closed: ${this.peer}, code ${code}`);
-    this.#attempt(() => this.#handlers.close?.());
+    this.#attempt(() => this.#handlers?.close?.());
   }
 
   /** An exception in a subprotocol ends its connection (1011) and nothing else. */
@@ -252,7 +245,7 @@ export class Connection {
 // Each asks `accept` (which `serve`, below, gives it) about a request: a Response is sent; for a
 // Connection, the request is upgraded, and the connection told what happens to its socket.
 
-type Accept = (request: Request, host?: string, port?: number) => Response | Connection;
+type Accept = (request: Request, peer: () => string) => Response | Connection;
 
 function listenDeno(options: Options, accept: Accept): Server {
   const start = (port?: number) => Deno.serve({ ...options, port, onListen() {} }, handle);
@@ -264,8 +257,8 @@ function listenDeno(options: Options, accept: Accept): Server {
   server.finished.catch(again);
   return { port, stop: () => server.shutdown() };
 
-  function handle(request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
-    const connection = accept(request, remoteAddr.hostname, remoteAddr.port);
+  function handle(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
+    const connection = accept(request, () => place(info.remoteAddr.hostname, info.remoteAddr.port));
     if (connection instanceof Response) return connection;
     // Deno would look for the subprotocol only among offers spelt "a, b": it shall find just this.
     const { headers } = request, protocol = connection.subprotocol, { get } = headers;
@@ -347,8 +340,8 @@ function listenBun({ cert, key, reusePort = false, ...where }: Options, accept: 
       socket.data.ended(reason === "Received too big message" ? 1009 : code),
   };
   function fetch(request: Request, server: BunServer): Response | void {
-    const peer = server.requestIP(request);
-    const connection = accept(request, peer?.address, peer?.port);
+    const ip = () => server.requestIP(request);
+    const connection = accept(request, () => place(ip()?.address, ip()?.port));
     if (connection instanceof Response) return connection;
     const headers = { "sec-websocket-protocol": connection.subprotocol };
     if (server.upgrade(request, { headers, data: connection })) return;
@@ -371,11 +364,11 @@ export function serve(options: Options = {}): Server {
   const { port = 9000, hostname = "0.0.0.0", origins = [], quiet, ...where } = options;
   const shared = { connections: new Set<Connection>(), log: quiet ? () => {} : log };
   const listen = onBun ? listenBun : listenDeno;
-  const server = listen({ port, hostname, ...where }, (request, ...peer) => {
+  const server = listen({ port, hostname, ...where }, (request, peer) => {
     const found = answer(request, origins);
     if (found instanceof Response) return found;
     if (shared.connections.size < limits.connections) {
-      return new Connection(found, address(...peer), shared);
+      return new Connection(found, quiet ? "a client" : peer(), shared);
     }
     return respond(503, "All connections are in use: try later.\n", { "retry-after": "10" });
   });
@@ -429,8 +422,8 @@ function report(where: string, error: unknown): void {
   console.error(`failed: ${where}\n` + text.split("\n").map(escape).join("\n"));
 }
 
-function address(name = "unknown", port = 0): string {
-  return `${name.includes(":") ? `[${name}]` : name}:${port}`;
+function place(host = "unknown", port = 0): string {
+  return `${host.includes(":") ? `[${host}]` : host}:${port}`;
 }
 
 const usage = `A WebSocket server that answers each message with the message reversed.
@@ -476,8 +469,8 @@ function run(options: Options): void {
   for (const event of ["uncaughtException", "unhandledRejection"]) {
     process.on(event, (error) => report(event, error));
   }
-  const name = (options.hostname ?? "").replace(/^(0\.0\.0\.0|::|)$/, "localhost");
-  const url = `http${options.cert ? "s" : ""}://${address(name, server.port)}/`;
+  const host = (options.hostname ?? "").replace(/^(0\.0\.0\.0|::|)$/, "localhost");
+  const url = `http${options.cert ? "s" : ""}://${place(host, server.port)}/`;
   print(Buffer.from(`Listening on ${url}\n`));
 }
 
