@@ -210,7 +210,6 @@ export class Connection {
   }
 
   received(message: Message): void {
-    if (!this.#socket) return;
     this.#attempt(() => {
       const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
