@@ -196,6 +196,8 @@ export class Connection {
     this.ended(code);
   }
 
+  // What follows is called by the adapters below: `opened`, then `received` for each message, `ended`.
+
   opened(socket: Socket): void {
     this.#socket = socket;
     this.shared.connections.add(this);
