@@ -623,6 +623,22 @@ describe("reverse", () => {
     }
   });
 
+  const unicode = "/usr/share/unicode/auxiliary/GraphemeBreakTest.txt"; // Debian's unicode-data
+  test("does so for each line of Unicode's GraphemeBreakTest, and for two in a row", () => {
+    const lines = readFileSync(unicode, "utf8").matchAll(/^(÷[^#\n]*)/gm);
+    const texts = [...lines].map(([line]) =>
+      String.fromCodePoint(
+        ...Array.from(line.matchAll(/[0-9A-F]+/g), ([code]) => parseInt(code, 16)),
+      )
+    );
+    assert.ok(texts.length > 500);
+    for (const [i, text] of texts.entries()) {
+      for (const mixed of [text, `é${text}ж`, text + texts[next(i + 1)]]) {
+        assert.equal(reverse(mixed), clusters(mixed), JSON.stringify(mixed));
+      }
+    }
+  }, without(unicode, existsSync(unicode)));
+
   test("leaves the bytes it is given as they are", () => {
     const bytes = Uint8Array.of(1, 2, 3);
     assert.deepEqual([...reverse(bytes) as Uint8Array], [3, 2, 1]);
@@ -951,6 +967,23 @@ describe("limits", () => {
       await assertServes(port);
       flooding.socket.resume();
       // Deno cuts off a client that goes on sending: what it had not read yet is lost.
+      assert.match(await flooding.end(), onDeno ? /^1008 .|^cut$/ : /^1008 ./);
+    });
+  }
+
+  for (const size of [1, 65_536]) {
+    test(`one that floods with ${size} bytes at a time is closed, the others are served`, async () => {
+      const port = await start(["--port", "0", "--quiet"]).port();
+      const [flooding, other] = [await Raw.open(port), await Raw.open(port)];
+      flooding.socket.pause();
+      const many = Buffer.concat(
+        Array(size > 1 ? 50 : 100_000).fill(frame(TEXT, "x".repeat(size))),
+      );
+      for (let i = 0; i < 20; i++) {
+        flooding.socket.write(many);
+        assert.equal(await other.ask("still here?"), "?ereh llits");
+      }
+      flooding.socket.resume();
       assert.match(await flooding.end(), onDeno ? /^1008 .|^cut$/ : /^1008 ./);
     });
   }
