@@ -169,7 +169,8 @@ export class Connection {
    * one that leaves more unread than `limits` allow is closed (1008).
    */
   send(message: Message): void {
-    const size = Buffer.byteLength(message); // throws for what is neither text nor bytes
+    // What is neither text nor bytes is refused: `byteLength` throws.
+    const size = typeof message === "string" ? message.length : Buffer.byteLength(message);
     if (!this.#socket) return;
     this.#socket.send(message);
     this.#bytes += size;
@@ -208,9 +209,6 @@ export class Connection {
   }
 
   received(message: Message): void {
-    if (Buffer.byteLength(message) > limits.messageBytes) {
-      return this.close(1009, "message too big");
-    }
     this.#attempt(() => {
       const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
@@ -265,8 +263,11 @@ function listenDeno(options: Options, shared: Shared): Server {
     const getBufferedAmount = () => socket.bufferedAmount;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => connection.opened(Object.assign(socket, { getBufferedAmount }));
-    socket.onmessage = ({ data }) =>
-      connection.received(typeof data === "string" ? data : new Uint8Array(data));
+    socket.onmessage = ({ data }) => {
+      const message = typeof data === "string" ? data : new Uint8Array(data);
+      if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
+      else connection.close(1009, "message too big");
+    };
     socket.onclose = ({ code }) => connection.ended(code || 1006);
     return response;
   }
