@@ -110,30 +110,30 @@ const inline = [...page.matchAll(/<(?:style|script)[^>]*>([^]*?)<\/(?:style|scri
   .map(([, text]) => `'sha256-${createHash("sha256").update(text).digest("base64")}'`).join(" ");
 const policy = `default-src 'none'; style-src ${inline}; script-src ${inline}; ` +
   "img-src data:; connect-src ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const html = { "content-type": "text/html; charset=utf-8", "content-security-policy": policy };
 
 /** What the connections of a server share. */
-type Shared = { origins?: string[]; connections: Set<Connection>; log(line: () => string): void };
+type Shared = { origins?: string[]; connections: Set<Connection>; log?(line: () => string): void };
 
 /** Answers a request: with the page, a refusal, or the connection that it is to be upgraded to. */
-function answer({ method, url, headers }: Request, peer: string, shared: Shared) {
+function answer({ method, url, headers }: Request, peer: () => string, shared: Shared) {
   const get = (name: string) => headers.get(name) ?? "";
-  const list = (name: string) => get(name).split(",").map((item) => item.trim());
-  const path = URL.canParse(`http://${get("host") || "none"}`) && URL.parse(url)?.pathname;
-  const upgrade = list("upgrade").some((protocol) => /^websocket$/i.test(protocol));
-  const connection = list("connection").some((token) => /^upgrade$/i.test(token));
+  const valid = URL.canParse(`http://${get("host") || "none"}`) && URL.canParse(url);
+  const upgrade = /(^|,)\s*websocket\s*(,|$)/i.test(get("upgrade")); // one of a list
+  const connection = /(^|,)\s*upgrade\s*(,|$)/i.test(get("connection"));
   const key = get("sec-websocket-key"), version = get("sec-websocket-version");
   const handshake = upgrade || headers.has("sec-websocket-key"); // a proxy may remove either
   const foreign = headers.has("origin") && shared.origins?.includes(get("origin")) === false;
   const full = shared.connections.size >= limits.connections;
-  const spoken = Object.keys(subprotocols), names = spoken.join(", ");
-  const name = list("sec-websocket-protocol").find((offer) => spoken.includes(offer)) ?? "";
+  const offers = get("sec-websocket-protocol").split(",").map((offer) => offer.trim());
+  const name = offers.find((offer) => Object.hasOwn(subprotocols, offer));
+  const names = Object.keys(subprotocols).join(", ");
 
   // The first line that holds is the answer. For a handshake see RFC 6455 section 4.2.1.
-  const html = { "content-type": "text/html; charset=utf-8", "content-security-policy": policy };
   const answers: [boolean, number, string, Record<string, string>?][] = [
-    [!path, 400, "The URL or the Host header is not valid."],
+    [!valid, 400, "The URL or the Host header is not valid."],
     [!/^(GET|HEAD)$/.test(method), 405, "Use GET.", { allow: "GET, HEAD" }],
-    [!handshake && path !== "/", 404, "The page is at /."],
+    [!handshake && URL.parse(url)?.pathname !== "/", 404, "The page is at /."],
     [!handshake, 200, page.trimEnd(), html],
     [method !== "GET", 405, "A handshake uses GET.", { allow: "GET" }],
     [!get("host"), 400, "The Host header is missing."],
@@ -142,18 +142,21 @@ function answer({ method, url, headers }: Request, peer: string, shared: Shared)
     [version !== "13", 426, "Only version 13 is spoken.", { "sec-websocket-version": "13" }],
     [!/^[A-Za-z0-9+/]{22}==$/.test(key), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
     [foreign, 403, "Pages of your origin may not connect."],
-    [name === "", 400, `Sec-WebSocket-Protocol must offer one of: ${names}.`],
+    [!name, 400, `Sec-WebSocket-Protocol must offer one of: ${names}.`],
     [full, 503, "All connections are in use: try later.", { "retry-after": "10" }],
   ];
-  const found = answers.find(([holds]) => holds);
-  if (!found) return new Connection(name, peer, shared);
+  const found = answers.find((answer) => answer[0]);
+  if (!found) return new Connection(name!, shared.log ? peer() : "a client", shared);
   const [, status, text, more] = found;
   const base = { "content-type": "text/plain; charset=utf-8", "x-content-type-options": "nosniff" };
   return new Response(`${text}\n`, { status, headers: { ...base, ...more } });
 }
 
-/** What a connection needs of a socket: Bun's has it, Deno's is given it below. */
-type Socket = Pick<WebSocket, "send" | "close"> & { getBufferedAmount(): number };
+/** What a connection needs of a socket. How many bytes wait, Deno's and Bun's tell differently. */
+type Socket = Pick<WebSocket, "send" | "close" | "bufferedAmount"> & {
+  getBufferedAmount?(): number;
+};
+const waiting = (socket: Socket) => socket.getBufferedAmount?.() ?? socket.bufferedAmount;
 
 /** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
 export class Connection {
@@ -175,7 +178,7 @@ export class Connection {
     this.#socket.send(message);
     this.#bytes += size;
     if (++this.#replies % 1000 === 0) setImmediate(() => this.#look());
-    const unread = this.#bytes > limits.unreadBytes ? this.#socket.getBufferedAmount() : 0;
+    const unread = this.#bytes > limits.unreadBytes ? waiting(this.#socket) : 0;
     if (this.#replies > limits.unreadReplies || unread > limits.unreadBytes) {
       this.close(1008, "too many unread replies");
     }
@@ -183,7 +186,8 @@ export class Connection {
 
   /** Whether all have left is certain once the event loop has turned; empty ones never show. */
   #look(): void {
-    if (this.#bytes > 0 && this.#socket?.getBufferedAmount() === 0) this.#replies = this.#bytes = 0;
+    if (!this.#socket || this.#bytes === 0 || waiting(this.#socket) > 0) return;
+    this.#replies = this.#bytes = 0;
   }
 
   /** Closes, with a code of RFC 6455 section 7.4 and a reason of at most 123 bytes. */
@@ -199,7 +203,7 @@ export class Connection {
     const { connections, log } = this.shared;
     this.#socket = socket;
     connections.add(this);
-    log(() => `connected: ${this.peer}, ${this.subprotocol}`);
+    log?.(() => `connected: ${this.peer}, ${this.subprotocol}`);
     if (connections.size > limits.connections) return this.close(1013, "try again later");
     this.#attempt(() => {
       const entry = subprotocols[this.subprotocol];
@@ -213,7 +217,7 @@ export class Connection {
       const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
       const replying = () => reply === undefined ? "" : `, replying: ${show(reply)}`;
-      this.shared.log(() => `received data: ${show(message)}${replying()}`);
+      this.shared.log?.(() => `received data: ${show(message)}${replying()}`);
     });
   }
 
@@ -222,7 +226,7 @@ export class Connection {
     if (!this.#socket) return;
     this.#socket = undefined;
     this.shared.connections.delete(this);
-    this.shared.log(() => `closed: ${this.peer}, code ${code}`);
+    this.shared.log?.(() => `closed: ${this.peer}, code ${code}`);
     this.#attempt(() => this.#handlers?.close?.());
   }
 
@@ -252,17 +256,16 @@ function listenDeno(options: Options, shared: Shared): Server {
   return { port, stop: () => server.shutdown() };
 
   function handle(request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) {
-    const connection = answer(request, place(remoteAddr.hostname, remoteAddr.port), shared);
+    const peer = () => place(remoteAddr.hostname, remoteAddr.port);
+    const connection = answer(request, peer, shared);
     if (connection instanceof Response) return connection;
-    // Deno looks for the subprotocol only among offers spelt "a, b": it shall find just this one.
-    const headers = new Headers(request.headers), protocol = connection.subprotocol;
-    headers.set("sec-websocket-protocol", protocol);
-    Object.defineProperty(request, "headers", { value: headers });
+    // Deno looks for the subprotocol only among offers spelt "a, b": it is shown just this one.
+    const { headers } = request, { get } = headers, protocol = connection.subprotocol;
+    headers.get = (name) => /protocol$/i.test(name) ? protocol : get.call(headers, name);
     const how = { protocol, idleTimeout: limits.idleSeconds };
     const { socket, response } = Deno.upgradeWebSocket(request, how);
-    const getBufferedAmount = () => socket.bufferedAmount;
     socket.binaryType = "arraybuffer";
-    socket.onopen = () => connection.opened(Object.assign(socket, { getBufferedAmount }));
+    socket.onopen = () => connection.opened(socket);
     socket.onmessage = ({ data }) => {
       const message = typeof data === "string" ? data : new Uint8Array(data);
       if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
@@ -298,8 +301,8 @@ function listenBun(options: Options, shared: Shared): Server {
       socket.data.ended(reason === "Received too big message" ? 1009 : code),
   };
   function fetch(request: Request, server: BunServer): Response | void {
-    const { address, port } = server.requestIP(request) ?? { address: "unknown", port: 0 };
-    const connection = answer(request, place(address, port), shared);
+    const from = () => server.requestIP(request);
+    const connection = answer(request, () => place(from()?.address, from()?.port), shared);
     if (connection instanceof Response) return connection;
     const headers = { "sec-websocket-protocol": connection.subprotocol };
     if (server.upgrade(request, { headers, data: connection })) return;
@@ -321,7 +324,7 @@ export type Server = { port: number; stop(): Promise<void> };
 export function serve(options: Options = {}): Server {
   const { port = 9000, hostname = "0.0.0.0", reusePort = false, origins, quiet } = options;
   const connections = new Set<Connection>();
-  const shared = { origins, connections, log: quiet ? () => {} : log };
+  const shared = { origins, connections, log: quiet ? undefined : log };
   const listen = onBun ? listenBun : listenDeno;
   const server = listen({ ...options, port, hostname, reusePort }, shared);
   const stop = async () => {
@@ -370,8 +373,8 @@ function report(where: string, error: unknown): void {
   for (const line of text.split("\n")) console.error(escape(line));
 }
 
-const place = (host: string, port: number) =>
-  (host.includes(":") ? `[${host}]:` : `${host}:`) + port;
+const place = (host = "unknown", port = 0) =>
+  [host.includes(":") ? `[${host}]` : host, port].join(":");
 
 /** The options of the command line. */
 
