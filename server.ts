@@ -34,7 +34,7 @@ export const subprotocols: Record<string, Reply | { open(c: Connection): Handler
 /** The limits of a server: to be changed here. */
 export const limits = {
   messageBytes: 1024 * 1024, // a longer message closes its connection (1009)
-  unreadBytes: 3 * 1024 * 1024, // of replies; a client that leaves more unread is closed (1008)
+  unreadBytes: 2 * 1024 * 1024, // of replies; a client that leaves more unread is closed (1008)
   unreadReplies: 30_000, // so is one that leaves more than these, or sends more at once
   connections: 10_000, // open at once; further handshakes are answered with 503
   idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
@@ -152,18 +152,17 @@ function answer({ method, url, headers }: Request, peer: () => string, shared: S
   return new Response(`${text}\n`, { status, headers: { ...base, ...more } });
 }
 
-/** What a connection needs of a socket. How many bytes wait, Deno's and Bun's tell differently. */
+/** What a connection needs of a socket; Bun's has a function in place of `bufferedAmount`. */
 type Socket = Pick<WebSocket, "send" | "close" | "bufferedAmount"> & {
   getBufferedAmount?(): number;
 };
-const waiting = (socket: Socket) => socket.getBufferedAmount?.() ?? socket.bufferedAmount;
 
 /** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
 export class Connection {
   #socket?: Socket; // from its opening to its end
   #handlers?: Handlers;
-  #replies = 0; // since all before them were seen to have left
-  #bytes = 0; // of these replies
+  #replies = 0; // sent since nothing was left unread
+  #bytes = 0; // of them, less what was seen to have left
 
   constructor(readonly subprotocol: string, readonly peer: string, readonly shared: Shared) {}
 
@@ -176,18 +175,23 @@ export class Connection {
     const size = typeof message === "string" ? message.length : Buffer.byteLength(message);
     if (!this.#socket) return;
     this.#socket.send(message);
+    this.#replies++;
     this.#bytes += size;
-    if (++this.#replies % 1000 === 0) setImmediate(() => this.#look());
-    const unread = this.#bytes > limits.unreadBytes ? waiting(this.#socket) : 0;
+    const many = this.#bytes > limits.unreadBytes;
+    if (many || this.#replies % 1000 === 0) setTimeout(() => this.#look());
+    // Bun sends at once; Deno only when the event loop turns, so until then it may hold more.
+    const unread = many ? this.#socket.getBufferedAmount?.() ?? this.#socket.bufferedAmount / 6 : 0;
     if (this.#replies > limits.unreadReplies || unread > limits.unreadBytes) {
       this.close(1008, "too many unread replies");
     }
   }
 
-  /** Whether all have left is certain once the event loop has turned; empty ones never show. */
+  /** Looks what is left once the event loop has turned. On Deno, empty messages never show. */
   #look(): void {
-    if (!this.#socket || this.#bytes === 0 || waiting(this.#socket) > 0) return;
-    this.#replies = this.#bytes = 0;
+    if (!this.#socket || this.#bytes === 0) return;
+    this.#bytes = this.#socket.getBufferedAmount?.() ?? this.#socket.bufferedAmount;
+    if (this.#bytes === 0) this.#replies = 0;
+    if (this.#bytes > limits.unreadBytes) this.close(1008, "too many unread replies");
   }
 
   /** Closes, with a code of RFC 6455 section 7.4 and a reason of at most 123 bytes. */
