@@ -139,7 +139,7 @@ function answer({ method, url, headers }: Request, peer: () => string, shared: S
     [!get("host"), 400, "The Host header is missing."],
     [!upgrade, 400, "The header Upgrade: websocket is missing."],
     [!connection, 400, "The header Connection: Upgrade is missing."],
-    [version !== "13", 426, "Only version 13 is spoken.", { "sec-websocket-version": "13" }],
+    [version !== "13", 426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" }],
     [!/^[A-Za-z0-9+/]{22}==$/.test(key), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
     [foreign, 403, "Pages of your origin may not connect."],
     [!name, 400, `Sec-WebSocket-Protocol must offer one of: ${names}.`],
