@@ -35,7 +35,7 @@ export const subprotocols: Record<string, Reply | { open(c: Connection): Handler
 export const limits = {
   messageBytes: 1024 * 1024, // a longer message closes its connection (1009)
   unreadBytes: 2 * 1024 * 1024, // of replies; a client that leaves more unread is closed (1008)
-  unreadReplies: 30_000, // so is one that leaves more than this many, or asks for more at once
+  unreadReplies: 30_000, // so is one that leaves more than these unread, or asks for them at once
   connections: 10_000, // open at once; further handshakes are answered with 503
   idleSeconds: 108, // without a sign of life; 1 MiB at 100 kbit/s takes 84
   stopSeconds: 1, // for goodbyes when the server stops
@@ -43,12 +43,18 @@ export const limits = {
 
 // ---- What happens to a message ------------------------------------------------------------------
 // It is reversed, by user-perceived character, which only the segmenter knows to tell apart. That
-// takes 100 to 400 ns for each UTF-16 unit, where all else here takes 0.2 to 2: most of this part is
-// about asking it little. Who came for the sockets may go on below it.
+// takes 100 to 400 ns for each UTF-16 unit, where all else here takes 0.2 to 2: so it is asked only
+// around units that are not plain. Who came for the sockets may go on below this part.
 
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
-const scratch = Buffer.alloc(2 * limits.messageBytes + 8); // room for the longest message
+const clusters = (text: string) => Array.from(segmenter.segment(text), ({ segment }) => segment);
+const scratch = Buffer.alloc(2 * limits.messageBytes + 16), end = scratch.length;
 const units = new Uint16Array(scratch.buffer), view = new DataView(scratch.buffer);
+
+// Two plain units side by side never share a cluster. A short probe tells once of each unit whether
+// it is plain (1), or a mark, joiner, jamo, CR or half an emoji (2).
+const kinds = new Uint8Array(0x10000).fill(2, 0xd800, 0xe000); // surrogates
+const probe = (c: string) => clusters(`a${c}${c}a${c}\n`).length === 6 ? 1 : 2;
 
 /**
  * Gives a text's user-perceived characters (extended grapheme clusters, UAX #29, as the runtime's
@@ -59,44 +65,23 @@ const units = new Uint16Array(scratch.buffer), view = new DataView(scratch.buffe
 export function reverse(message: Message): Message {
   if (typeof message !== "string") return message.toReversed();
   const n = message.length;
-  if (2 * n + 8 > scratch.length) {
-    return Array.from(segmenter.segment(message), (s) => s.segment).reverse().join("");
+  if (2 * n + 16 > end) return clusters(message).reverse().join("");
+  // ASCII takes as many bytes as units. They are moved eight at a time, in half the time: read as a
+  // number from the left, written from the right. No number of ASCII is a NaN, whose bits may change.
+  if (scratch.write(message) === n && !message.includes("\r")) {
+    view.setFloat64(n, 0); // the last number may reach beyond the text
+    for (let i = 0; i < n; i += 8) view.setFloat64(end - 8 - i, view.getFloat64(i, true));
+    return scratch.toString("latin1", end - n, end);
   }
-  if (scratch.write(message) === n && !message.includes("\r")) return reverseAscii(n);
   let segments: Intl.Segments | undefined;
   for (let i = 0; i < n; i++) {
-    const unit = message.charCodeAt(i);
-    units[n - 1 - i] = unit;
-    if (isPlain(unit)) continue;
+    const unit = units[n - 1 - i] = message.charCodeAt(i);
+    if ((kinds[unit] ||= probe(message[i])) === 1) continue;
     const { index, segment } = (segments ??= segmenter.segment(message)).containing(i)!;
     i = index + segment.length - 1; // the last unit of the cluster, whose units keep their order
     for (let from = index, to = n - 1 - i; from <= i;) units[to++] = message.charCodeAt(from++);
   }
   return scratch.toString("utf16le", 0, 2 * n);
-}
-
-/** Reverses `n` bytes of ASCII in `scratch`, eight at a time: a third of the time of `reverse()`. */
-function reverseAscii(n: number): string {
-  const size = n + 7 & ~7;
-  view.setFloat64(n, 0); // ASCII to the end: as a number it is never a NaN, whose bits may change
-  for (let i = 0, j = size - 8; i <= j; i += 8, j -= 8) {
-    const left = view.getFloat64(i, true), right = view.getFloat64(j, true);
-    view.setFloat64(i, right); // read from the right, written from the left
-    view.setFloat64(j, left);
-  }
-  return scratch.toString("latin1", size - n, size);
-}
-
-// Two plain UTF-16 units side by side never share a cluster. A short probe tells once of each unit
-// whether it is plain (1), or a mark, joiner, jamo, CR or half an emoji (2), around which to ask.
-const kinds = new Uint8Array(0x10000).fill(2, 0xd800, 0xe000); // surrogates
-
-function isPlain(unit: number): boolean {
-  if (kinds[unit] === 0) {
-    const c = String.fromCharCode(unit);
-    kinds[unit] = [...segmenter.segment(`a${c}${c}a${c}\n`)].length === 6 ? 1 : 2;
-  }
-  return kinds[unit] === 1;
 }
 
 // ---- How a request becomes a page, a refusal or a socket ----------------------------------------
@@ -112,56 +97,50 @@ const policy = `default-src 'none'; style-src ${inline}; script-src ${inline}; `
   "img-src data:; connect-src ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const html = { "content-type": "text/html; charset=utf-8", "content-security-policy": policy };
 
-/** What the connections of a server share. */
-type Shared = { origins?: string[]; connections: Set<Connection>; log?(line: () => string): void };
+/** What a server and its connections share; no `log` if it is to be quiet. */
+type Shared = Options & { connections: Set<Connection>; log?(line: () => string): void };
 
 /** Answers a request: with the page, a refusal, or the connection that it is to be upgraded to. */
-function answer({ method, url, headers }: Request, peer: () => string, shared: Shared) {
+function answer({ method, url, headers }: Request, peer: string, shared: Shared) {
   const get = (name: string) => headers.get(name) ?? "";
-  const valid = URL.canParse(`http://${get("host") || "none"}`) && URL.canParse(url);
+  const key = get("sec-websocket-key"), version = get("sec-websocket-version");
   const upgrade = /(^|,)[ \t]*websocket[ \t]*(,|$)/i.test(get("upgrade")); // one of a list
   const connection = /(^|,)[ \t]*upgrade[ \t]*(,|$)/i.test(get("connection"));
-  const key = get("sec-websocket-key"), version = get("sec-websocket-version");
-  const handshake = upgrade || headers.has("sec-websocket-key"); // a proxy may remove either
-  const foreign = headers.has("origin") && shared.origins?.includes(get("origin")) === false;
+  const handshake = upgrade || key !== ""; // a proxy may remove either
+  const foreign = headers.has("origin") && shared.origin?.includes(get("origin")) === false;
   const full = shared.connections.size >= limits.connections;
   const offers = get("sec-websocket-protocol").split(",").map((offer) => offer.trim());
   const name = offers.find((offer) => Object.hasOwn(subprotocols, offer));
-  const names = Object.keys(subprotocols).join(", ");
 
   // The first line that holds is the answer. For a handshake see RFC 6455 section 4.2.1.
   const answers: [boolean, number, string, Record<string, string>?][] = [
-    [!valid, 400, "The URL or the Host header is not valid."],
+    [!URL.canParse(url) || !URL.canParse(`http://${get("host")}`), 400, "Bad URL or Host header."],
     [!/^(GET|HEAD)$/.test(method), 405, "Use GET.", { allow: "GET, HEAD" }],
     [!handshake && URL.parse(url)?.pathname !== "/", 404, "The page is at /."],
     [!handshake, 200, page.trimEnd(), html],
     [method !== "GET", 405, "A handshake uses GET.", { allow: "GET" }],
-    [!get("host"), 400, "The Host header is missing."],
     [!upgrade, 400, "The header Upgrade: websocket is missing."],
     [!connection, 400, "The header Connection: Upgrade is missing."],
     [version !== "13", 426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" }],
     [!/^[A-Za-z0-9+/]{22}==$/.test(key), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
     [foreign, 403, "Pages of your origin may not connect."],
-    [!name, 400, `Sec-WebSocket-Protocol must offer one of: ${names}.`],
+    [!name, 400, `Sec-WebSocket-Protocol must offer one of: ${Object.keys(subprotocols)}.`],
     [full, 503, "All connections are in use: try later.", { "retry-after": "10" }],
   ];
-  const found = answers.find((line) => line[0]);
-  if (!found) return new Connection(name!, shared.log ? peer() : "a client", shared);
-  const [, status, text, more] = found;
+  const [, status, text, more] = answers.find(([holds]) => holds) ?? [];
+  if (!status) return new Connection(name!, peer, shared);
   const base = { "content-type": "text/plain; charset=utf-8", "x-content-type-options": "nosniff" };
   return new Response(`${text}\n`, { status, headers: { ...base, ...more } });
 }
 
-/** What a connection needs of a socket; Bun's has a function in place of `bufferedAmount`. */
-type Socket = Pick<WebSocket, "send" | "close" | "bufferedAmount"> & {
-  getBufferedAmount?(): number;
-};
+/** A socket of Deno's, or one of Bun's, which has a function in place of `bufferedAmount`. */
+type Socket = WebSocket & { getBufferedAmount?(): number };
 
 /** One connection, the same on both runtimes. Subprotocols may `send` and `close`. */
 export class Connection {
   #socket?: Socket; // from its opening to its end
   #handlers?: Handlers;
-  #replies = 0; // sent since none was seen to be waiting
+  #sent = 0; // sent since none was seen to be waiting
   #bytes = 0; // waiting when last looked, and sent since then
 
   constructor(readonly subprotocol: string, readonly peer: string, readonly shared: Shared) {}
@@ -175,22 +154,18 @@ export class Connection {
     const size = typeof message === "string" ? message.length : Buffer.byteLength(message);
     if (!this.#socket) return;
     this.#socket.send(message);
-    this.#replies++;
     this.#bytes += size;
-    const many = this.#bytes > limits.unreadBytes;
-    if (many || this.#replies % 1000 === 0) setTimeout(() => this.#look());
-    // Bun sends at once; Deno only when the event loop turns, so until then it may hold more.
-    const unread = many ? this.#socket.getBufferedAmount?.() ?? this.#socket.bufferedAmount / 6 : 0;
-    if (this.#replies > limits.unreadReplies || unread > limits.unreadBytes) {
-      this.close(1008, "too many unread replies");
-    }
+    if (++this.#sent % 1000 === 0) setTimeout(() => this.#look());
+    if (this.#bytes > limits.unreadBytes) whenSent(() => this.#look());
+    const many = this.#sent > limits.unreadReplies || this.#bytes > 6 * limits.unreadBytes;
+    if (many) this.close(1008, "too many unread replies");
   }
 
-  /** Looks what waits after a turn of the event loop. On Deno, empty messages never show. */
+  /** Looks what of it waits. On Deno, empty messages never show. */
   #look(): void {
-    if (!this.#socket || (this.#bytes === 0 && !this.#socket.getBufferedAmount)) return;
+    if (!this.#socket || (this.#bytes === 0 && !onBun)) return;
     this.#bytes = this.#socket.getBufferedAmount?.() ?? this.#socket.bufferedAmount;
-    if (this.#bytes === 0) this.#replies = 0;
+    if (this.#bytes === 0) this.#sent = 0;
     if (this.#bytes > limits.unreadBytes) this.close(1008, "too many unread replies");
   }
 
@@ -207,11 +182,11 @@ export class Connection {
   // What follows is called by the adapters below: `opened`, then `received` for each message, `ended`.
 
   opened(socket: Socket): void {
-    const { connections, log } = this.shared;
     this.#socket = socket;
-    connections.add(this);
-    log?.(() => `connected: ${this.peer}, ${this.subprotocol}`);
-    if (connections.size > limits.connections) return this.close(1013, "try again later");
+    this.shared.connections.add(this);
+    this.shared.log?.(() => `connected: ${this.peer}, ${this.subprotocol}`);
+    if (this.shared.connections.size > limits.connections) return this.close(1013, "try later");
+    socket.binaryType = "arraybuffer";
     this.#attempt(() => {
       const entry = subprotocols[this.subprotocol];
       this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
@@ -219,13 +194,15 @@ export class Connection {
     });
   }
 
-  received(message: Message): void {
+  received(data: string | ArrayBuffer): void {
     if (!this.#socket) return;
+    const message = typeof data === "string" ? data : new Uint8Array(data);
+    const tooBig = !onBun && Buffer.byteLength(message) > limits.messageBytes; // Bun has looked
+    if (tooBig) return this.close(1009, "message too big");
     this.#attempt(() => {
       const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
-      const replying = () => reply === undefined ? "" : `, replying: ${show(reply)}`;
-      this.shared.log?.(() => `received data: ${show(message)}${replying()}`);
+      this.shared.log?.(() => `received data: ${show(message)}, replying: ${show(reply)}`);
     });
   }
 
@@ -253,70 +230,57 @@ export class Connection {
 // Each asks `answer` about a request: a Response is sent; for a Connection, the request is upgraded,
 // and the connection told what happens to its socket.
 
-function listenDeno(options: Options, shared: Shared): Server {
-  const start = (port?: number) => Deno.serve({ ...options, port, onListen() {} }, handle);
-  let server = start(options.port);
-  const { port } = server.addr;
+/** The little of Bun's types that is needed. */
+declare const Bun: { serve(options: object): { port: number; stop(now: boolean): Promise<void> } };
+type Peer = { address: string; port: number } | null;
+type BunServer = { upgrade(r: Request, how: object): boolean; requestIP(r: Request): Peer };
+type BunSocket = Socket & { data: Connection };
+const onBun = typeof Bun !== "undefined";
+
+// Bun sends at once; Deno when the event loop turns, so until then it may hold more.
+const whenSent = onBun ? (look: () => void) => look() : setTimeout;
+
+function listenDeno(shared: Shared): Server {
+  const start = () => Deno.serve({ ...shared, onListen() {} }, handle);
   // It stops listening when file descriptors run out; then it tries until it can again.
-  const again = (): Promise<void> =>
-    sleep(250).then(() => (server = start(port)).finished).catch(again);
+  const again = (): Promise<void> => sleep(50).then(() => (server = start()).finished).catch(again);
+  let server = start();
   server.finished.catch(again);
-  return { port, stop: () => server.shutdown() };
+  shared.port = server.addr.port;
+  return { port: shared.port, stop: () => server.shutdown() };
 
   function handle(request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) {
-    const peer = () => place(remoteAddr.hostname, remoteAddr.port);
-    const connection = answer(request, peer, shared);
+    const connection = answer(request, place(remoteAddr.hostname, remoteAddr.port), shared);
     if (connection instanceof Response) return connection;
     // Deno looks for the subprotocol only among offers spelt "a, b": it is shown just this one.
     const { headers } = request, { get } = headers, protocol = connection.subprotocol;
     headers.get = (name) => /protocol$/i.test(name) ? protocol : get.call(headers, name);
     const how = { protocol, idleTimeout: limits.idleSeconds };
     const { socket, response } = Deno.upgradeWebSocket(request, how);
-    socket.binaryType = "arraybuffer";
     socket.onopen = () => connection.opened(socket);
-    socket.onmessage = ({ data }) => {
-      const message = typeof data === "string" ? data : new Uint8Array(data);
-      if (Buffer.byteLength(message) <= limits.messageBytes) connection.received(message);
-      else connection.close(1009, "message too big");
-    };
+    socket.onmessage = ({ data }) => connection.received(data);
     socket.onclose = ({ code }) => connection.ended(code || 1006);
     return response;
   }
 }
 
-const onBun = typeof Bun !== "undefined";
-
-/** The little of Bun's types that is needed. */
-declare const Bun: { serve(options: object): BunServer };
-type BunSocket = Socket & { data: Connection; binaryType: string };
-interface BunServer {
-  port: number;
-  stop(closeAll: boolean): Promise<void>;
-  requestIP(request: Request): { address: string; port: number } | null;
-  upgrade(request: Request, options: { headers: HeadersInit; data: Connection }): boolean;
-}
-
-function listenBun(options: Options, shared: Shared): Server {
+function listenBun(shared: Shared): Server {
   const websocket = {
     maxPayloadLength: limits.messageBytes,
     idleTimeout: limits.idleSeconds,
-    open(socket: BunSocket) {
-      socket.binaryType = "uint8array";
-      socket.data.opened(socket);
-    },
-    message: (socket: BunSocket, message: Message) => socket.data.received(message),
+    open: (socket: BunSocket) => socket.data.opened(socket),
+    message: (socket: BunSocket, data: string | ArrayBuffer) => socket.data.received(data),
     close: (socket: BunSocket, code: number, reason: string) =>
       socket.data.ended(code === 1006 && reason === "Received too big message" ? 1009 : code),
   };
-  function fetch(request: Request, server: BunServer): Response | void {
-    const from = () => server.requestIP(request);
-    const connection = answer(request, () => place(from()?.address, from()?.port), shared);
+  function fetch(request: Request, server: BunServer) {
+    const peer = shared.log && server.requestIP(request); // else spared: it takes memory
+    const connection = answer(request, place(peer?.address, peer?.port), shared);
     if (connection instanceof Response) return connection;
     const headers = { "sec-websocket-protocol": connection.subprotocol };
-    if (server.upgrade(request, { headers, data: connection })) return;
-    return new Response("This handshake is not valid.\n", { status: 400 });
+    server.upgrade(request, { headers, data: connection });
   }
-  const server = Bun.serve({ ...options, development: false, fetch, websocket });
+  const server = Bun.serve({ ...shared, development: false, fetch, websocket });
   return { port: server.port, stop: () => server.stop(true) };
 }
 
@@ -330,16 +294,13 @@ export type Server = { port: number; stop(): Promise<void> };
 
 /** Starts a server, by default on port 9000. Throws if it cannot listen. */
 export function serve(options: Options = {}): Server {
-  const { port = 9000, hostname = "0.0.0.0", reusePort = false, origins, quiet } = options;
-  const connections = new Set<Connection>();
-  const shared = { origins, connections, log: quiet ? undefined : log };
-  const listen = onBun ? listenBun : listenDeno;
-  const server = listen({ ...options, port, hostname, reusePort }, shared);
+  const connections = new Set<Connection>(), shown = options.quiet ? undefined : log;
+  const usual = { port: 9000, hostname: "0.0.0.0", reusePort: false, connections, log: shown };
+  const server = (onBun ? listenBun : listenDeno)({ ...usual, ...options });
   const stop = async () => {
     for (const connection of connections) connection.close(1001, "the server is stopping");
-    const longest = sleep(limits.stopSeconds * 1000, null, { ref: false });
-    await Promise.race([server.stop(), longest]);
-    await sleep(100); // for what is on its way
+    await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000)]);
+    await sleep(200); // for what is on its way
   };
   return { port: server.port, stop };
 }
@@ -347,10 +308,10 @@ export function serve(options: Options = {}): Server {
 // The log is written ten times a second, many lines at once; what is more than anybody can read, or
 // the other end takes, is only counted. So it costs a busy server little, and never stops it.
 const lines = Buffer.alloc(256 * 1024);
-let used = 0, more = 0, logged: Promise<unknown> = Promise.resolve();
+let used = 0, more = 0, written: Promise<unknown> = Promise.resolve();
 
 function log(line: () => string): void {
-  if (used === 0) logged = Promise.all([logged, sleep(100)]).then(flush);
+  if (used === 0) written = Promise.all([written, sleep(100)]).then(flush);
   if (used < lines.length - 2000) used += lines.write(line() + "\n", used);
   else more++;
 }
@@ -364,84 +325,62 @@ async function flush(): Promise<void> {
 }
 
 /** A message as the log shows it: its first 80 characters, or the number of its bytes. */
-function show(message: Message): string {
-  if (typeof message !== "string") return `${message.length} bytes`;
+function show(message: Message | void): string {
+  if (typeof message !== "string") return message ? `${message.length} bytes` : "nothing";
   const start = [...message.slice(0, 160)].slice(0, 80).join("");
   return escape(start) + (start === message ? "" : `… (length ${message.length})`);
 }
 
 /** Client text must not steer the terminal, nor look like a line of the log. */
-function escape(text: string): string {
-  const code = (c: string) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0");
-  return text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, code);
-}
-
-function report(where: string, error: unknown): void {
-  const lines = `failed: ${where}\n${inspect(error)}`.split("\n");
-  for (const line of lines) console.error(escape(line));
-}
-
-const place = (host = "unknown", port = 0) =>
-  [host.includes(":") ? `[${host}]` : host, port].join(":");
+const escape = (text: string) => text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, code);
+const code = (c: string) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0");
+const report = (where: string, error: unknown) =>
+  console.error(`failed: ${where}\n${inspect(error)}`.split("\n").map(escape).join("\n"));
+const place = (host = "unknown", port = 0) => `${host.includes(":") ? `[${host}]` : host}:${port}`;
 
 /** The options of the command line. */
-
 const flags = {
   port: { type: "string", help: "N: listen on it; 0: on any free one (default: PORT, else 9000)" },
-  hostname: { type: "string", help: "NAME: listen on this address (default: 0.0.0.0)" },
+  hostname: { type: "string", default: "0.0.0.0", help: "NAME: listen there (default: 0.0.0.0)" },
   origin: { type: "string", multiple: true, help: "URL: let only its pages connect (repeatable)" },
   cert: { type: "string", help: "FILE: speak TLS; a PEM file (Deno: with --allow-read)" },
   key: { type: "string", help: "FILE: the key of the certificate, a PEM file" },
-  "reuse-port": { type: "boolean", help: "share the port with other processes" },
+  "reuse-port": { type: "boolean", default: false, help: "share the port with other processes" },
   quiet: { type: "boolean", help: "log only errors" },
   help: { type: "boolean", help: "show this" },
 } as const;
+
 /** Reads the command line. Throws if it is wrong. */
 function parse(args: string[]) {
-  const { values } = parseArgs({ args, options: flags });
-  const { hostname, quiet, origin: origins, "reuse-port": reusePort } = values;
+  const { values: { "reuse-port": reusePort, ...values } } = parseArgs({ args, options: flags });
   const [cert, key] = [values.cert, values.key].map((file) => file && readFileSync(file, "utf8"));
   if (!cert !== !key || cert === "") throw new Error("--cert and --key go together, a file each");
   // Deno would stop and ask for leave to read PORT.
-  const read = { name: "env", variable: "PORT" } as const;
-  const mayRead = onBun || Deno.permissions.querySync(read).state === "granted";
-  const port = values.port ?? (mayRead && process.env.PORT || "9000");
-  if (!/^\d{1,5}$/.test(port) || Number(port) > 65535) {
-    throw new Error(`the port must be a number from 0 to 65535, not '${port}'`);
-  }
-  return { port: Number(port), hostname, reusePort, cert, key, origins, quiet };
+  const leave = () => Deno.permissions.querySync({ name: "env", variable: "PORT" }).state;
+  const port = values.port ?? ((onBun || leave() === "granted") && process.env.PORT || "9000");
+  if (!/^\d{1,5}$/.test(port) || +port > 65535) throw Error(`no port from 0 to 65535: '${port}'`);
+  return { ...values, port: Number(port), cert, key, reusePort };
 }
 
 /** Runs until a signal; a second one ends it at once. */
-function main(): void {
-  const args = process.argv.slice(2);
-  const usage = Object.entries(flags).map(([name, { help }]) => `  --${name.padEnd(12)}${help}\n`);
-  if (args.includes("--help")) {
-    return console.log(`Answers each message with the message reversed.\n\n${usage.join("")}`);
-  }
-  const options = parse(args);
-  const server = serve(options);
+function main(args: string[]): void {
+  const help = Object.entries(flags).map(([name, { help }]) => `  --${name.padEnd(12)}${help}\n`);
+  if (args.includes("--help")) return console.log(`Reverses each message.\n\n${help.join("")}`);
+  const options = parse(args), server = serve(options);
   let signals = 0;
-  const end = async () => {
-    if (signals++ > 0) process.exit(1);
-    await server.stop();
-    await Promise.race([logged, sleep(100)]);
-    process.exit(0);
-  };
+  const end = () => signals++ ? process.exit(1) : server.stop().then(() => process.exit(0));
   process.on("SIGINT", end).on("SIGTERM", end);
   process.on("uncaughtException", (error) => report("uncaughtException", error));
   process.on("unhandledRejection", (error) => report("unhandledRejection", error));
-  const host = (options.hostname ?? "").replace(/^(0\.0\.0\.0|::|)$/, "localhost");
-  console.log(`Listening on http${options.cert ? "s" : ""}://${place(host, server.port)}/`);
+  const host = place(options.hostname.replace(/^(0\.0\.0\.0|::|)$/, "localhost"), server.port);
+  console.log(`Listening on http${options.cert ? "s" : ""}://${host}/`);
 }
 
 if (import.meta.main) {
   try {
-    main();
+    main(process.argv.slice(2));
   } catch (error) {
-    const { code, message } = error as Error & { code?: string };
-    const why = code === "EADDRINUSE" ? "the port is in use, try another --port" : message;
-    console.error(`Cannot start: ${why.split("\n")[0]} (see --help)`);
+    console.error(`Cannot start: ${(error as Error).message.split("\n")[0]} (see --help)`);
     process.exit(1);
   }
 }
