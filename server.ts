@@ -300,7 +300,7 @@ export function serve(options: Options = {}): Server {
   const stop = async () => {
     for (const connection of connections) connection.close(1001, "the server is stopping");
     await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000)]);
-    await sleep(200); // for what is on its way
+    await sleep(150); // for what is on its way
   };
   return { port: server.port, stop };
 }

@@ -621,14 +621,18 @@ describe("reverse", () => {
 
   test("does so for all lengths from 0 to 200", () => {
     for (let length = 0; length <= 200; length++) {
-      for (const text of [ascii(length), mixed(length), "x".repeat(length) + "é\u0301"]) {
+      // U+FFFF leaves bytes behind that must not be seen again.
+      const texts = ["\uffff".repeat(length + 8), ascii(length), mixed(length)];
+      for (const text of [...texts, "x".repeat(length) + "é\u0301"]) {
         assert.equal(reverse(text), clusters(text), JSON.stringify(text));
       }
     }
   });
 
-  test("does so for large texts", () => {
-    for (const text of [mixed(40_000), "ab\r\ncdefg".repeat(9_000), ascii(30_000), mixed(3)]) {
+  test("does so for large texts, even larger than a message may be", () => {
+    const huge = ["ab", "aé"].map((text) => text.repeat(limits.messageBytes / 2 + 5));
+    const large = [mixed(40_000), "ab\r\ncdefg".repeat(9_000), ascii(30_000)];
+    for (const text of [...huge, ...large, mixed(3)]) {
       assert.ok(reverse(text) === clusters(text));
     }
   });
@@ -1001,6 +1005,32 @@ describe("limits", () => {
     }
     await program.prints(/^closed: .*, code 1008$/m);
     assert.equal(await other.ask("still here?"), "?ereh llits");
+  });
+
+  test("a client that asks for too many replies at once is closed with 1008", async () => {
+    limits.unreadReplies = 50;
+    const raw = await Raw.open(listen());
+    raw.socket.write(Buffer.concat(Array(100).fill(frame(TEXT, "x"))));
+    assert.match(await raw.end(), onDeno ? /^1008 .|^cut$/ : /^1008 ./);
+  });
+
+  test("a client that reads nothing is closed when the limit of unread bytes is reached", async () => {
+    limits.unreadBytes = 8 * 1024 * 1024;
+    let pushed = 0;
+    const ended = Promise.withResolvers<void>();
+    subprotocols.push = {
+      open(connection) {
+        const push = () => (connection.send(new Uint8Array(1024 * 1024)), pushed++);
+        const timer = setInterval(push, 5);
+        return { close: () => (clearInterval(timer), ended.resolve()) };
+      },
+    };
+    (await Raw.open(listen(), "push")).socket.pause();
+    await ended.promise;
+    assert.ok(
+      pushed > 8 && pushed < 30,
+      `after ${pushed} MiB, some of them in the kernel's buffers`,
+    );
   });
 
   test("a client that reads nothing is closed with 1008 and finds the reason", async () => {
