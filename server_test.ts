@@ -565,6 +565,18 @@ describe("subprotocols", () => {
     assert.equal(ends, 1);
   });
 
+  test("may close in open, and hear of that end, too", async () => {
+    let ends = 0;
+    subprotocols.closed = {
+      open(connection) {
+        connection.close(4001, "not today");
+        return { close: () => void ends++ };
+      },
+    };
+    assert.equal(await (await Raw.open(listen(), "closed")).end(), "4001 not today");
+    assert.equal(ends, 1);
+  });
+
   test("hear of no message after they have closed", async () => {
     let calls = 0;
     subprotocols.once = {
