@@ -87,8 +87,8 @@ export function reverse(message: Message): Message {
 // ---- How a request becomes a page, a refusal or a socket ----------------------------------------
 // A WebSocket begins as a GET, the handshake, whose answer 101 upgrades it from HTTP to a socket.
 // The server checks a request itself before the runtime upgrades it, so that both runtimes answer
-// alike. What they refuse by themselves never comes here: such as no Host, or one with a path, an
-// unknown method (Bun), two Hosts, or a handshake with a body (Deno).
+// alike. What a runtime answers by itself never comes here: two Hosts, a handshake with a length or
+// a body (Deno); no Host in HTTP/1.1, an unknown method, OPTIONS * (Bun).
 
 // The page may use the style and script that stand in it and open WebSockets, nothing else.
 const inline = [...page.matchAll(/<(?:style|script)[^>]*>([^]*?)<\/(?:style|script)>/g)]
@@ -101,24 +101,25 @@ const html = { "content-type": "text/html; charset=utf-8", "content-security-pol
 type Shared = Options & { connections: Set<Connection>; log?(line: () => string): void };
 
 /** Answers a request: with the page, a refusal, or the connection that it is to be upgraded to. */
-function answer({ method, url, headers }: Request, peer: string, shared: Shared) {
+function answer({ method, url, headers }: Request, peer: () => string, shared: Shared) {
   const get = (name: string) => headers.get(name) ?? "";
   const key = get("sec-websocket-key"), version = get("sec-websocket-version");
   const upgrade = /(^|,)[ \t]*websocket[ \t]*(,|$)/i.test(get("upgrade")); // one of a list
   const connection = /(^|,)[ \t]*upgrade[ \t]*(,|$)/i.test(get("connection"));
-  const handshake = upgrade || key !== ""; // a proxy may remove either
+  const handshake = upgrade || headers.has("sec-websocket-key"); // a proxy may remove either
   const foreign = headers.has("origin") && shared.origin?.includes(get("origin")) === false;
   const full = shared.connections.size >= limits.connections;
-  const offers = get("sec-websocket-protocol").split(",").map((offer) => offer.trim());
+  const offers = get("sec-websocket-protocol").split(/[ \t]*,[ \t]*/);
   const name = offers.find((offer) => Object.hasOwn(subprotocols, offer));
 
   // The first line that holds is the answer. For a handshake see RFC 6455 section 4.2.1.
   const answers: [boolean, number, string, Record<string, string>?][] = [
-    [!URL.canParse(url) || !URL.canParse(`http://${get("host")}`), 400, "Bad URL or Host header."],
+    [!URL.canParse(url) || !/^[\w.:[\]-]*$/.test(get("host")), 400, "Bad URL or Host header."],
     [!/^(GET|HEAD)$/.test(method), 405, "Use GET.", { allow: "GET, HEAD" }],
     [!handshake && URL.parse(url)?.pathname !== "/", 404, "The page is at /."],
     [!handshake, 200, page.trimEnd(), html],
     [method !== "GET", 405, "A handshake uses GET.", { allow: "GET" }],
+    [!get("host"), 400, "The Host header is missing."],
     [!upgrade, 400, "The header Upgrade: websocket is missing."],
     [!connection, 400, "The header Connection: Upgrade is missing."],
     [version !== "13", 426, "Sec-WebSocket-Version must be 13.", { "sec-websocket-version": "13" }],
@@ -128,7 +129,7 @@ function answer({ method, url, headers }: Request, peer: string, shared: Shared)
     [full, 503, "All connections are in use: try later.", { "retry-after": "10" }],
   ];
   const [, status, text, more] = answers.find(([holds]) => holds) ?? [];
-  if (!status) return new Connection(name!, peer, shared);
+  if (!status) return new Connection(name!, shared.log ? peer() : "a client", shared);
   const base = { "content-type": "text/plain; charset=utf-8", "x-content-type-options": "nosniff" };
   return new Response(`${text}\n`, { status, headers: { ...base, ...more } });
 }
@@ -155,7 +156,7 @@ export class Connection {
     if (!this.#socket) return;
     this.#socket.send(message);
     this.#bytes += size;
-    if (++this.#sent % 1000 === 0) setTimeout(() => this.#look());
+    if (++this.#sent % 100 === 0) setTimeout(() => this.#look());
     if (this.#bytes > limits.unreadBytes) whenSent(() => this.#look());
     const many = this.#sent > limits.unreadReplies || this.#bytes > 6 * limits.unreadBytes;
     if (many) this.close(1008, "too many unread replies");
@@ -250,7 +251,7 @@ function listenDeno(shared: Shared): Server {
   return { port: shared.port, stop: () => server.shutdown() };
 
   function handle(request: Request, { remoteAddr }: Deno.ServeHandlerInfo<Deno.NetAddr>) {
-    const connection = answer(request, place(remoteAddr.hostname, remoteAddr.port), shared);
+    const connection = answer(request, () => place(remoteAddr.hostname, remoteAddr.port), shared);
     if (connection instanceof Response) return connection;
     // Deno looks for the subprotocol only among offers spelt "a, b": it is shown just this one.
     const { headers } = request, { get } = headers, protocol = connection.subprotocol;
@@ -274,8 +275,8 @@ function listenBun(shared: Shared): Server {
       socket.data.ended(code === 1006 && reason === "Received too big message" ? 1009 : code),
   };
   function fetch(request: Request, server: BunServer) {
-    const peer = shared.log && server.requestIP(request); // else spared: it takes memory
-    const connection = answer(request, place(peer?.address, peer?.port), shared);
+    const from = () => server.requestIP(request);
+    const connection = answer(request, () => place(from()?.address, from()?.port), shared);
     if (connection instanceof Response) return connection;
     const headers = { "sec-websocket-protocol": connection.subprotocol };
     server.upgrade(request, { headers, data: connection });
@@ -294,12 +295,13 @@ export type Server = { port: number; stop(): Promise<void> };
 
 /** Starts a server, by default on port 9000. Throws if it cannot listen. */
 export function serve(options: Options = {}): Server {
-  const connections = new Set<Connection>(), shown = options.quiet ? undefined : log;
-  const usual = { port: 9000, hostname: "0.0.0.0", reusePort: false, connections, log: shown };
-  const server = (onBun ? listenBun : listenDeno)({ ...usual, ...options });
+  const { port = 9000, hostname = "0.0.0.0", reusePort = false, quiet } = options;
+  const connections = new Set<Connection>(), shown = quiet ? undefined : log;
+  const shared = { ...options, port, hostname, reusePort, connections, log: shown };
+  const server = (onBun ? listenBun : listenDeno)(shared);
   const stop = async () => {
     for (const connection of connections) connection.close(1001, "the server is stopping");
-    await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000)]);
+    await Promise.race([server.stop(), sleep(limits.stopSeconds * 1000, 0, { ref: false })]);
     await sleep(150); // for what is on its way
   };
   return { port: server.port, stop };
@@ -326,7 +328,7 @@ async function flush(): Promise<void> {
 
 /** A message as the log shows it: its first 80 characters, or the number of its bytes. */
 function show(message: Message | void): string {
-  if (typeof message !== "string") return message ? `${message.length} bytes` : "nothing";
+  if (typeof message !== "string") return message ? `${message.length} bytes` : "(nothing)";
   const start = [...message.slice(0, 160)].slice(0, 80).join("");
   return escape(start) + (start === message ? "" : `… (length ${message.length})`);
 }
@@ -335,7 +337,7 @@ function show(message: Message | void): string {
 const escape = (text: string) => text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, code);
 const code = (c: string) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0");
 const report = (where: string, error: unknown) =>
-  console.error(`failed: ${where}\n${inspect(error)}`.split("\n").map(escape).join("\n"));
+  console.error(`failed: ${where}\n${inspect(error)}`.split("\n").map(escape).join("\n  "));
 const place = (host = "unknown", port = 0) => `${host.includes(":") ? `[${host}]` : host}:${port}`;
 
 /** The options of the command line. */

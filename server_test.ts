@@ -8,6 +8,7 @@ import { type ChildProcess, execFileSync, spawn, spawnSync } from "node:child_pr
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { appendFileSync, cpSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { connect as connectHttp2 } from "node:http2";
 import { type AddressInfo, connect as connectTcp, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -255,7 +256,7 @@ function closeFrame(code: number): Buffer {
 /** Sends a request and gives the response. */
 async function request(port: number, text: string): Promise<Answer> {
   const raw = Raw.to(port);
-  raw.socket.write(text);
+  raw.socket.write(text, "latin1");
   const answer = await raw.answer(text.split(" ")[0]);
   raw.socket.destroy();
   return answer ?? assert.fail("no answer");
@@ -361,7 +362,7 @@ describe("HTTP", () => {
     });
   }
 
-  for (const host of ["a b", "localhost:99999", "[bad", "^"]) {
+  for (const host of ["a b", "localhost:99999", "[bad", "^", "a/b", "a@b", "a?b", "a#b", "a\\b"]) {
     test(`the Host ${host} is answered with 400`, async () => {
       assert.equal((await get(listen(), "GET", "/", host)).status, 400);
     });
@@ -492,7 +493,8 @@ describe("subprotocols", () => {
   }
 
   const strange = ["__proto__", "constructor", "toString", "hasOwnProperty"];
-  const wrong = [[], "", ",", "other", NAME.toUpperCase(), `${NAME}s`, `"${NAME}"`, ...strange];
+  const alike = [NAME.toUpperCase(), `${NAME}s`, `"${NAME}"`, `${NAME}\xa0`, `x,\xa0${NAME}`];
+  const wrong = [[], "", ",", "other", ...alike, ...strange];
   for (const offer of wrong) {
     test(`${JSON.stringify(offer)} is answered with 400 and the ones spoken`, async () => {
       subprotocols.shout = (message) => message;
@@ -930,6 +932,12 @@ describe("options", () => {
     assert.equal(await start(["--port", `${port}`, "--reuse-port"]).port(), port);
   }, process.platform !== "linux" && "for Linux");
 
+  test("serve() takes what is undefined as not given", async () => {
+    const port = listen({ hostname: undefined });
+    await assertServes(port);
+    await assert.rejects(once(connectTcp(port, "::1"), "connect"), "only at 0.0.0.0");
+  });
+
   test("importing the module starts nothing", async () => {
     const code = `await import(${JSON.stringify(new URL("server.ts", import.meta.url))})`;
     const program = new Program(process.execPath, [onDeno ? "eval" : "-e", code]);
@@ -951,6 +959,20 @@ describe("TLS", () => {
     assert.equal((await client.answer())?.status, 101);
     assert.equal(await client.ask("secret"), "terces");
   }, withoutOpenssl);
+
+  test(
+    "the page comes by HTTP/2, too, where the runtime speaks it, as browsers ask for it",
+    async () => {
+      const port = await start(["--port", "0", ...certificate()]).port();
+      const client = connectHttp2(`https://localhost:${port}`, { rejectUnauthorized: false });
+      cleanups.push(() => client.destroy());
+      const stream = client.request({ ":path": "/" });
+      const [headers] = await once(stream, "response");
+      assert.equal(headers[":status"], 200);
+      assert.equal((await Array.fromAsync(stream)).join(""), page);
+    },
+    withoutOpenssl || !onDeno && "Bun speaks HTTP/1.1 only",
+  );
 });
 
 // ---- Limits -------------------------------------------------------------------------------------
@@ -1123,6 +1145,7 @@ describe("a subprotocol that fails", () => {
       "message-throws": () => fail("thrown in message"),
       "open-throws": { open: () => fail("thrown in open") },
       "close-throws": { open: () => ({ close: () => fail("thrown in close") }) },
+      "repeats": (message: Message) => fail(String(message)),
       "is-async": async (message: Message) => message,
       "gives-a-number": () => 5,
       "timer-throws": { open: () => void setTimeout(() => fail("thrown by a timer")) },
@@ -1130,11 +1153,11 @@ describe("a subprotocol that fails", () => {
       "promise-rejects": { open: () => void Promise.reject(new Error("rejected later")) },
     });`;
   const failures: Record<string, RegExp> = {
-    "message-throws": /^Error: thrown in message\n +at .*server\.ts/m,
-    "open-throws": /^Error: thrown in open\n +at .*server\.ts/m,
-    "is-async": /^TypeError.*: .*must be of type string .*\n +at/m,
-    "gives-a-number": /^TypeError.*: .*must be of type string .*\n +at/m,
-    "long-reason": /^RangeError: .*123 bytes\n +at/m,
+    "message-throws": /^ +Error: thrown in message\n +at .*server\.ts/m,
+    "open-throws": /^ +Error: thrown in open\n +at .*server\.ts/m,
+    "is-async": /^ +TypeError.*: .*must be of type string .*\n +at/m,
+    "gives-a-number": /^ +TypeError.*: .*must be of type string .*\n +at/m,
+    "long-reason": /^ +RangeError: .*123 bytes\n +at/m,
   };
 
   test("costs its own connection, with 1011, and nobody else anything", async () => {
@@ -1154,6 +1177,16 @@ describe("a subprotocol that fails", () => {
       assert.equal(await other.ask("serving"), "gnivres");
       program.err = "";
     }
+  });
+
+  test("with the text of a client cannot steer the terminal, nor forge a report", async () => {
+    const program = startEdited(lines);
+    const raw = await Raw.open(await program.port(), "repeats");
+    raw.socket.write(frame(TEXT, "\x1b[2J\nfailed: forged\x9b"));
+    assert.match(await raw.end(), /^1011 ./);
+    await until(program.child.stderr!, () => program.err.includes("at ") || undefined);
+    assert.match(program.err, /\\u001b\[2J\n +failed: forged\\u009b\n/);
+    assert.equal(program.err.match(/^failed: /gm)?.length, 1);
   });
 
   for (const name of ["close-throws", "timer-throws", "promise-rejects"]) {
