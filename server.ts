@@ -5,7 +5,7 @@
  * a socket, the two runtimes side by side, how it starts and stops.
  */
 import { Buffer } from "node:buffer";
-import { createHash } from "node:crypto";
+import { hash } from "node:crypto";
 import { readFileSync, write } from "node:fs";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -92,7 +92,7 @@ export function reverse(message: Message): Message {
 
 // The page may use the style and script that stand in it and open WebSockets, nothing else.
 const inline = [...page.matchAll(/<(?:style|script)[^>]*>([^]*?)<\/(?:style|script)>/g)]
-  .map(([, text]) => `'sha256-${createHash("sha256").update(text).digest("base64")}'`).join(" ");
+  .map(([, text]) => `'sha256-${hash("sha256", text, "base64")}'`).join(" ");
 const policy = `default-src 'none'; style-src ${inline}; script-src ${inline}; ` +
   "img-src data:; connect-src ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const html = { "content-type": "text/html; charset=utf-8", "content-security-policy": policy };
@@ -191,7 +191,6 @@ export class Connection {
     this.#attempt(() => {
       const entry = subprotocols[this.subprotocol];
       this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
-      if (!this.#socket) this.#handlers.close?.(); // it was closed in `open`
     });
   }
 
@@ -213,7 +212,8 @@ export class Connection {
     this.#socket = undefined;
     this.shared.connections.delete(this);
     this.shared.log?.(() => `closed: ${this.peer}, code ${code}`);
-    this.#attempt(() => this.#handlers?.close?.());
+    // A moment later, for it may have been closed in `open`, before there were handlers.
+    queueMicrotask(() => this.#attempt(() => this.#handlers?.close?.()));
   }
 
   /** An exception in a subprotocol ends its connection (1011) and nothing else. */
