@@ -108,7 +108,6 @@ function answer({ method, url, headers }: Request, peer: () => string, shared: S
   const connection = /(^|,)[ \t]*upgrade[ \t]*(,|$)/i.test(get("connection"));
   const handshake = upgrade || headers.has("sec-websocket-key"); // a proxy may remove either
   const foreign = headers.has("origin") && shared.origin?.includes(get("origin")) === false;
-  const full = shared.connections.size >= limits.connections;
   const offers = get("sec-websocket-protocol").split(/[ \t]*,[ \t]*/);
   const name = offers.find((offer) => Object.hasOwn(subprotocols, offer));
 
@@ -126,7 +125,7 @@ function answer({ method, url, headers }: Request, peer: () => string, shared: S
     [!/^[A-Za-z0-9+/]{22}==$/.test(key), 400, "Sec-WebSocket-Key must be 16 bytes in base64."],
     [foreign, 403, "Pages of your origin may not connect."],
     [!name, 400, `Sec-WebSocket-Protocol must offer one of: ${Object.keys(subprotocols)}.`],
-    [full, 503, "All connections are in use: try later.", { "retry-after": "10" }],
+    [shared.connections.size >= limits.connections, 503, "Server full.", { "retry-after": "10" }],
   ];
   const [, status, text, more] = answers.find(([holds]) => holds) ?? [];
   if (!status) return new Connection(name!, shared.log ? peer() : "a client", shared);
@@ -152,17 +151,15 @@ export class Connection {
    */
   send(message: Message): void {
     // What is neither text nor bytes is refused: `byteLength` throws.
-    const size = typeof message === "string" ? message.length : Buffer.byteLength(message);
-    if (!this.#socket) return;
-    this.#socket.send(message);
-    this.#bytes += size;
-    if (++this.#sent % 100 === 0) setTimeout(() => this.#look());
+    this.#bytes += typeof message === "string" ? message.length : Buffer.byteLength(message);
+    this.#socket?.send(message);
+    if (++this.#sent % (limits.unreadReplies >> 5) === 0) setTimeout(() => this.#look());
     if (this.#bytes > limits.unreadBytes) whenSent(() => this.#look());
     const many = this.#sent > limits.unreadReplies || this.#bytes > 6 * limits.unreadBytes;
     if (many) this.close(1008, "too many unread replies");
   }
 
-  /** Looks what of it waits. On Deno, empty messages never show. */
+  /** Looks how much waits. On Deno, empty messages never show. */
   #look(): void {
     if (!this.#socket || (this.#bytes === 0 && !onBun)) return;
     this.#bytes = this.#socket.getBufferedAmount?.() ?? this.#socket.bufferedAmount;
@@ -188,17 +185,16 @@ export class Connection {
     this.shared.log?.(() => `connected: ${this.peer}, ${this.subprotocol}`);
     if (this.shared.connections.size > limits.connections) return this.close(1013, "try later");
     socket.binaryType = "arraybuffer";
-    this.#attempt(() => {
-      const entry = subprotocols[this.subprotocol];
-      this.#handlers = typeof entry === "function" ? { message: entry } : entry.open(this) ?? {};
-    });
+    const entry = subprotocols[this.subprotocol];
+    if (typeof entry === "function") this.#handlers = { message: entry };
+    else this.#attempt(() => this.#handlers = entry.open(this) ?? {});
   }
 
   received(data: string | ArrayBuffer): void {
     if (!this.#socket) return;
-    const message = typeof data === "string" ? data : new Uint8Array(data);
-    const tooBig = !onBun && Buffer.byteLength(message) > limits.messageBytes; // Bun has looked
+    const tooBig = !onBun && Buffer.byteLength(data) > limits.messageBytes; // Bun has looked itself
     if (tooBig) return this.close(1009, "message too big");
+    const message = typeof data === "string" ? data : new Uint8Array(data);
     this.#attempt(() => {
       const reply = this.#handlers?.message?.(message);
       if (reply !== undefined) this.send(reply);
@@ -208,9 +204,8 @@ export class Connection {
 
   /** A runtime may tell of one end twice. */
   ended(code: number): void {
-    if (!this.#socket) return;
+    if (!this.shared.connections.delete(this)) return;
     this.#socket = undefined;
-    this.shared.connections.delete(this);
     this.shared.log?.(() => `closed: ${this.peer}, code ${code}`);
     // A moment later, for it may have been closed in `open`, before there were handlers.
     queueMicrotask(() => this.#attempt(() => this.#handlers?.close?.()));
