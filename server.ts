@@ -342,7 +342,7 @@ const flags = {
   origin: { type: "string", multiple: true, help: "URL: let only its pages connect (repeatable)" },
   cert: { type: "string", help: "FILE: speak TLS; a PEM file (Deno: with --allow-read)" },
   key: { type: "string", help: "FILE: the key of the certificate, a PEM file" },
-  "reuse-port": { type: "boolean", default: false, help: "share the port with other processes" },
+  "reuse-port": { type: "boolean", help: "share the port with other processes" },
   quiet: { type: "boolean", help: "log only errors" },
   help: { type: "boolean", help: "show this" },
 } as const;
