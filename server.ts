@@ -146,11 +146,13 @@ export class Connection {
   constructor(readonly subprotocol: string, readonly peer: string, readonly shared: Shared) {}
 
   /**
-   * Sends a message. Neither runtime can stop reading from a client that does not read itself, so
-   * one that leaves more unread than `limits` allow is closed (1008).
+   * Sends a message. Throws a TypeError if it is neither text nor bytes.
+   *
+   * Neither runtime can stop reading from a client that does not read itself. So what is sent is
+   * counted, and looked at from time to time: a client with more waiting than `limits` allow is
+   * closed (1008). Between two looks nobody knows what has left: then six times the bytes may pass.
    */
   send(message: Message): void {
-    // What is neither text nor bytes is refused: `byteLength` throws.
     this.#bytes += typeof message === "string" ? message.length : Buffer.byteLength(message);
     this.#socket?.send(message);
     if (++this.#sent % (limits.unreadReplies >> 5) === 0) setTimeout(() => this.#look());
@@ -233,7 +235,7 @@ type BunServer = { upgrade(r: Request, how: object): boolean; requestIP(r: Reque
 type BunSocket = Socket & { data: Connection };
 const onBun = typeof Bun !== "undefined";
 
-// Bun sends at once; Deno when the event loop turns, so until then it may hold more.
+// Bun sends at once, so it can be seen at once what waits; Deno when the event loop turns.
 const whenSent = onBun ? (look: () => void) => look() : setTimeout;
 
 function listenDeno(shared: Shared): Server {
