@@ -357,7 +357,7 @@ function parse(args: string[]) {
   // Deno would stop and ask for leave to read PORT.
   const leave = () => Deno.permissions.querySync({ name: "env", variable: "PORT" }).state;
   const port = values.port ?? ((onBun || leave() === "granted") && process.env.PORT || "9000");
-  if (!/^\d{1,5}$/.test(port) || +port > 65535) throw Error(`no port from 0 to 65535: '${port}'`);
+  if (!/^\d{1,5}$/.test(port) || +port > 65535) throw Error(`a port is 0 to 65535, not '${port}'`);
   return { ...values, port: Number(port), cert, key, reusePort };
 }
 
@@ -379,7 +379,9 @@ if (import.meta.main) {
   try {
     main(process.argv.slice(2));
   } catch (error) {
-    console.error(`Cannot start: ${(error as Error).message.split("\n")[0]} (see --help)`);
+    const { code, message } = error as Error & { code?: string };
+    const why = code === "EADDRINUSE" ? "the port is in use, try another --port" : message;
+    console.error(`Cannot start: ${why.split("\n")[0]} (see --help)`);
     process.exit(1);
   }
 }

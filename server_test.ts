@@ -885,7 +885,7 @@ describe("options", () => {
     const program = start(["--port", `${port}`]);
     await assert.rejects(program.port());
     assert.equal(await program.end(), 1);
-    assert.match(program.err, /^Cannot start: [^\n]*\bin use\b[^\n]*--help[^\n]*\n$/);
+    assert.match(program.err, /^Cannot start: the port is in use, [^\n]*--port[^\n]*\n$/);
   });
 
   test("the port may come from PORT; --port comes first, empty is the same as none", async () => {
