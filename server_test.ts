@@ -2451,7 +2451,7 @@ if (bun) {
     pageTest("shows bytes as opcode 2", async () => {
       const view = await browseConnected("?protocol=on-demand");
       await enter(view, "bytes 3");
-      await shows(view, includes("receivedFrame", "82 03 ab ab ab"), row(/←.*ab ab ab.*3 bytes/));
+      await shows(view, includes("receivedFrame", "82 03 00 00 00"), row(/←.*00 00 00.*3 bytes/));
     });
 
     pageTest("links to MDN and RFC 6455", async () => {
