@@ -16,6 +16,7 @@ import {
   cpSync,
   existsSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   rmSync,
   writeFileSync,
@@ -2637,92 +2638,310 @@ const lowContrasts = `(() => {
 })()`;
 
 // ---- The README ---------------------------------------------------------------------------------
-// Its programs are run as they stand there, on the runtime that runs the tests. localhost:9000 stands
-// for a server that the test has started.
+// Each code block of README.md is run as it stands there, in a copy of the project to which everything
+// was added that the README says to add. localhost:9000 stands for a server that the test has started,
+// 9001 for a free port. What a command or a program prints must be the `text` block below it.
+
+type Block = {
+  language: string;
+  code: string;
+  /** What the README says that it prints. */
+  output?: string;
+  line: number;
+  heading: string;
+  /** The paragraph above it. */
+  introduction: string;
+};
+
+const readme = readFileSync(join(here, "README.md"), "utf8");
+const readmeBlocks = parseReadme();
+
+function parseReadme(): Block[] {
+  const blocks: Block[] = [];
+  for (const { 1: language, 2: code, index } of readme.matchAll(/^```(\w+)\n([^]*?)^```$/gm)) {
+    const textBefore = readme.slice(0, index);
+    const line = textBefore.split("\n").length;
+    const heading = textBefore.match(/^#+ .*$/gm)!.at(-1)!.replace(/^#+ /, "");
+    const introduction = textBefore.trimEnd().split("\n\n").at(-1)!.replaceAll("\n", " ");
+    if (language !== "text") {
+      blocks.push({ language, code, line, heading, introduction });
+    } else {
+      const block = blocks.at(-1)!;
+      assert.equal(block.output, undefined, `README.md, line ${line}: the output of which block?`);
+      block.output = code;
+    }
+  }
+  return blocks;
+}
+
+/** The name of the file that a block is to be saved as. */
+function fileName({ introduction }: Block): string | undefined {
+  return introduction.match(/Save it as `([^`]+)`/)?.[1];
+}
+
+const isNotRun = ({ introduction }: Block) => introduction.includes("not run by the tests");
+const isSubprotocol = ({ code }: Block) => /^"\w+": /.test(code);
+const isShell = ({ language }: Block) => language === "sh";
+const isTest = ({ introduction }: Block) => introduction.includes("end of `server_test.ts`");
+
+/** Makes a copy of the project as it is for somebody who did all that the README says. */
+function projectOfReader(port: number): string {
+  const folder = temporaryFolder();
+  for (const file of readdirSync(here)) {
+    if (file === ".git" || file === "node_modules") continue;
+    cpSync(join(here, file), join(folder, file), { recursive: true });
+  }
+  for (const block of readmeBlocks) {
+    const name = fileName(block);
+    if (name) writeFileSync(join(folder, name), block.code.replaceAll("9001", String(port)));
+    if (isTest(block)) appendFileSync(join(folder, "server_test.ts"), `\n${block.code}`);
+    if (isSubprotocol(block)) addToTable(folder, block.code);
+  }
+  return folder;
+}
+
+function addToTable(folder: string, code: string): void {
+  const file = join(folder, "server.ts"), source = readFileSync(file, "utf8");
+  const table = "export const subprotocols: Record<string, Subprotocol> = {\n";
+  assert.ok(source.includes(table), "server.ts has a table of subprotocols");
+  writeFileSync(file, source.replace(table, table + code.replace(/^(?=.)/gm, "  ")));
+}
+
+/** A command in a terminal, where Ctrl+C reaches all processes of the command. */
+class Terminal {
+  stdout = "";
+  stderr = "";
+  readonly #child: ChildProcess;
+  readonly #end: Promise<number | null>;
+
+  constructor(command: string, folder: string, port: number) {
+    const path = `${process.env.PATH}:/usr/sbin`; // Debian's place for nginx
+    const env = { ...process.env, PATH: path, NO_COLOR: "1", PORT: String(port) };
+    this.#child = spawn("sh", ["-c", command], { cwd: folder, env, detached: true });
+    this.#child.stdout!.on("data", (data) => this.stdout += data);
+    this.#child.stderr!.on("data", (data) => this.stderr += data);
+    this.#end = new Promise((resolve) => this.#child.on("close", resolve));
+    cleanups.push(() => (this.#signal("SIGKILL"), this.#end));
+  }
+
+  #signal(name: "SIGINT" | "SIGKILL"): void {
+    try {
+      process.kill(-this.#child.pid!, name);
+    } catch { // all its processes have ended
+    }
+  }
+
+  /** Waits until it says where it listens; gives undefined if it ends instead. */
+  url(): Promise<string | undefined> {
+    const pattern = /\w+:\/\/localhost:\d+\/$/m;
+    return until(this.#child.stdout!, () => this.stdout.match(pattern)?.[0]);
+  }
+
+  async stopWithCtrlC(): Promise<void> {
+    this.#signal("SIGINT");
+    await this.#end;
+  }
+
+  async endsWell(): Promise<void> {
+    assert.equal(await this.#end, 0, this.stdout + this.stderr);
+  }
+
+  /** Waits until it has printed as many lines as expected, or has ended, and compares them all. */
+  async prints(expected: string): Promise<void> {
+    const isComplete = () => this.stdout.split("\n").length >= expected.split("\n").length;
+    await until(this.#child.stdout!, () => isComplete() || undefined);
+    const withoutPorts = (text: string) => text.replace(/(localhost|127\.0\.0\.1):\d+/g, "$1");
+    assert.equal(withoutPorts(this.stdout), withoutPorts(expected), this.stderr);
+  }
+}
+
+async function freePort(): Promise<number> {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as { port: number };
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+const [ownRuntime, otherRuntime] = onDeno ? ["deno", "bun"] : ["bun", "deno"];
+
+/** The commands of a block, without those that the tests of the other runtime run. */
+function ownCommands({ code }: Block): string[] {
+  const commands = code.trimEnd().split("\n");
+  const isFor = (runtime: string) => (command: string) => command.startsWith(`${runtime} `);
+  const isForOther = commands.some(isFor(otherRuntime)) && !commands.some(isFor(ownRuntime));
+  return isForOther ? [] : commands.filter((command) => !isFor(otherRuntime)(command));
+}
+
+/** Runs the commands of a block one after the other. */
+async function runCommands(block: Block): Promise<void> {
+  const port = await freePort();
+  const folder = projectOfReader(port);
+  if (block.code.includes("--cert ")) {
+    const makeCertificate = readmeBlocks.find(({ code }) => code.startsWith("openssl "))!.code;
+    await new Terminal(makeCertificate, folder, port).endsWell();
+  }
+  for (const command of ownCommands(block)) {
+    const text = command.replaceAll("localhost:9000", `localhost:${listen()}`);
+    const terminal = new Terminal(text, folder, port);
+    const url = await terminal.url();
+    if (!url) {
+      await terminal.endsWell();
+      if (block.output) await terminal.prints(block.output);
+      if (isTestCommand(command)) assert.match(terminal.stdout + terminal.stderr, /\b1 pass/);
+      continue;
+    }
+    assert.equal(new URL(url).port, String(port), terminal.stderr);
+    if (command.includes("--reuse-port")) {
+      const second = new Terminal(text, folder, port);
+      assert.equal(await second.url(), url, second.stderr);
+    }
+    const raw = await askHello(url, folder);
+    if (block.output) await terminal.prints(block.output);
+    raw.socket.destroy();
+    await terminal.stopWithCtrlC();
+  }
+}
+
+const isTestCommand = (command: string) => command.endsWith(" server_test.ts");
+
+/** Connects to a server that a command has started, and gets a message reversed. */
+async function askHello(url: string, folder: string): Promise<Raw> {
+  const port = Number(new URL(url).port);
+  const ca = () => readFileSync(join(folder, "cert.pem"));
+  const raw = url.startsWith("https:")
+    ? new Raw(connectTls({ port, host: "127.0.0.1", servername: "localhost", ca: ca() }))
+    : Raw.to(port);
+  raw.socket.write(handshake());
+  assert.equal((await raw.nextResponse())?.status, 101);
+  assert.equal(await raw.ask("Hello, world!"), "!dlrow ,olleH");
+  return raw;
+}
+
+/** Runs a program on this runtime. Clients end when their server does. */
+async function runReadmeProgram({ code, output }: Block): Promise<void> {
+  const server = startServer();
+  const folder = projectOfReader(0);
+  const text = code.replaceAll("localhost:9000", `localhost:${server.port}`);
+  writeFileSync(join(folder, "program.ts"), text);
+  const command = onDeno ? "deno run --allow-net program.ts" : "bun program.ts";
+  const terminal = new Terminal(`${command} 2>&1`, folder, 0);
+  await terminal.prints(output!);
+  await server.stop();
+  await terminal.endsWell();
+  await terminal.prints(output!);
+}
+
+/** Adds an entry to the table and sends it "hello". */
+async function trySubprotocol({ code, output }: Block): Promise<void> {
+  const folder = projectOfReader(0);
+  const port = await startProgram(["--port", "0"], {}, join(folder, "server.ts")).port();
+  const raw = await Raw.open(port, code.match(/^"(\w+)"/)![1]);
+  raw.socket.write(Buffer.concat([encodeFrame(TEXT, "hello"), closeFrame(1000)]));
+  let received = "";
+  for (let frame; (frame = await raw.nextFrame()) && frame.opcode === TEXT;) {
+    received += `${frame.data}\n`;
+  }
+  assert.equal(received, output);
+}
+
+async function runPython({ code, output }: Block): Promise<void> {
+  const folder = temporaryFolder();
+  const text = code.replaceAll("localhost:9000", `127.0.0.1:${listen()}`);
+  writeFileSync(join(folder, "program.py"), text);
+  const terminal = new Terminal("/usr/bin/python3 program.py", folder, 0);
+  await terminal.endsWell();
+  await terminal.prints(output!);
+}
+
+/** Starts nginx with a `server` block that holds the README's, and talks through it. */
+async function tryNginx({ code }: Block): Promise<void> {
+  const port = await freePort();
+  const folder = temporaryFolder();
+  const location = code.replaceAll("127.0.0.1:9000", `127.0.0.1:${listen()}`);
+  const paths = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"];
+  const configuration = `
+    daemon off; master_process off; pid nginx.pid; error_log stderr;
+    events {}
+    http {
+      access_log off;
+      ${paths.map((name) => `${name}_temp_path ${name};`).join(" ")}
+      server { listen 127.0.0.1:${port}; ${location} }
+    }`;
+  writeFileSync(join(folder, "nginx.conf"), configuration);
+  const nginx = new Terminal(`nginx -p ${folder} -c nginx.conf -e stderr`, folder, 0);
+  const isReady = () => request(port, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  await eventually(isReady, nginx.stderr);
+
+  const page = await request(port, "GET /echo/ HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  assert.equal(page.status, 200);
+  const raw = Raw.to(port);
+  raw.socket.write(handshake({}, "GET /echo/ HTTP/1.1"));
+  assert.equal((await raw.nextResponse())?.status, 101);
+  assert.equal(await raw.ask("Hello, world!"), "!dlrow ,olleH");
+  const timeout = Number(code.match(/proxy_read_timeout (\d+)s;/)?.[1]);
+  assert.ok(timeout > limits.idleSeconds, "nginx waits longer than the server");
+}
+
+/** How a block is run; undefined if no test knows how. */
+function runnerOf(block: Block): (() => Promise<void> | void) | undefined {
+  const { language, output } = block;
+  const name = isTest(block) ? "server_test.ts" : fileName(block);
+  if (language === "sh") return () => runCommands(block);
+  if (language === "nginx") return () => tryNginx(block);
+  if (language === "python" && output) return () => runPython(block);
+  if (language !== "ts" && language !== "js") return undefined;
+  if (name) return () => assert.ok(hasCommandFor(name), `no command runs ${name}`);
+  if (isSubprotocol(block) && output) return () => trySubprotocol(block);
+  return output ? () => runReadmeProgram(block) : undefined;
+}
+
+/** Whether the README has a command that runs a file, for the runtime of these tests. */
+function hasCommandFor(file: string): boolean {
+  const commands = readmeBlocks.filter((block) => isShell(block) && !isNotRun(block));
+  return commands.flatMap(ownCommands).some((command) => command.endsWith(` ${file}`));
+}
+
+function reasonToSkip(block: Block): string | false {
+  const isInstalled = (command: string) => spawnSync("sh", ["-c", command]).status === 0;
+  if (block.language === "python") {
+    return without("Python's websockets", isInstalled("/usr/bin/python3 -c 'import websockets'"));
+  }
+  if (block.language === "nginx") {
+    return without("nginx", isInstalled("PATH=$PATH:/usr/sbin; command -v nginx"));
+  }
+  if (!isShell(block)) return false;
+  const commands = ownCommands(block);
+  if (commands.length === 0) return `the tests on ${onDeno ? "Bun" : "Deno"} run it`;
+  const tools = commands.flatMap((command) => command.match(/^\w+/)?.[0] ?? []);
+  if (block.code.includes("--cert ")) tools.push("openssl");
+  const missing = tools.find((tool) => !isInstalled(`command -v ${tool}`));
+  return missing !== undefined && without(missing, false);
+}
 
 describe("the README", () => {
-  const readme = readFileSync(join(here, "README.md"), "utf8");
-  const pattern = /^```(\w+)\n([^]*?)^```$(?:\s+It prints:)?(?:\n\n```text\n([^]*?)^```)?/gm;
-  const blocks = [...readme.matchAll(pattern)].map((match) => ({
-    language: match[1],
-    code: match[2],
-    output: match[3]?.trimEnd(),
-    line: readme.slice(0, match.index).split("\n").length,
-    isSkipped: /not run by\s+the\s+tests/.test(readme.slice(0, match.index).split("\n\n").at(-2)!),
-  }));
-
-  /** Runs a program beside a copy of server.ts until it has printed what the README shows. */
-  async function runProgram(code: string, output: string): Promise<void> {
-    const folder = temporaryFolder();
-    for (const file of ["server.ts", "index.html", "deno.json"]) {
-      cpSync(join(here, file), join(folder, file));
-    }
-    const path = join(folder, "program.ts");
-    writeFileSync(path, code.replaceAll("localhost:9000", `localhost:${listen()}`));
-    const program = new Program(process.execPath, [...runtimeArgs, path]);
-    for (const line of output.split("\n")) {
-      const escaped = RegExp.escape(line).replace(
-        /(?<=(?:localhost|127\\\.0\\\.0\\\.1|port)\S*?)\d{4,5}/,
-        "\\d+",
-      );
-      await program.prints(new RegExp(`^${escaped}$`, "m"));
-    }
-  }
-
-  const programs = blocks.filter(({ language, output, isSkipped }) =>
-    ["ts", "js"].includes(language) && output !== undefined && !isSkipped
-  );
-  for (const { language, code, output, line } of programs) {
-    test(`line ${line}: the ${language} program prints what stands below it`, async () => {
-      await runProgram(code, output!);
+  for (const block of readmeBlocks.filter((block) => !isNotRun(block))) {
+    const { heading, language, line } = block;
+    const options = { timeout: 60_000, skip: reasonToSkip(block) };
+    it(`"${heading}", line ${line}: the ${language} block works`, options, () => {
+      return runnerOf(block)!();
     });
   }
 
-  const entries = blocks.filter(({ language, code }) => language === "ts" && /^"\w+":/.test(code));
-  for (const { code, line } of entries) {
-    test(`line ${line}: the entry for the table of subprotocols is served`, async () => {
-      const folder = temporaryFolder();
-      for (const file of ["index.html", "deno.json"]) cpSync(join(here, file), join(folder, file));
-      const source = readFileSync(join(here, "server.ts"), "utf8");
-      const table = "export const subprotocols: Record<string, Subprotocol> = {\n";
-      assert.ok(source.includes(table));
-      const file = join(folder, "server.ts");
-      writeFileSync(file, source.replace(table, table + code));
-      const name = code.match(/^"(\w+)"/)![1];
-      const port = await startProgram(["--port", "0"], {}, file).port();
-      const raw = await Raw.open(port, name);
-      raw.socket.write(encodeFrame(TEXT, "hello"));
-      assert.equal((await raw.nextFrame())?.opcode, TEXT);
-    });
-  }
+  test("each code block is run by a test, or says that it is not", () => {
+    for (const block of readmeBlocks) {
+      assert.ok(isNotRun(block) || runnerOf(block), `README.md, line ${block.line}`);
+    }
+    const fences = readme.match(/^\s*(```|~~~)/gm)!;
+    const outputs = readmeBlocks.filter(({ output }) => output !== undefined);
+    assert.equal(fences.length, 2 * (readmeBlocks.length + outputs.length));
+  });
 
-  const curls = blocks.filter(({ code, isSkipped }) => /^curl .*:9000/.test(code) && !isSkipped);
-  for (const { code, output, line } of curls) {
-    test(`line ${line}: the curl command answers as shown`, async () => {
-      const command = code.replaceAll("localhost:9000", `localhost:${listen()}`);
-      const program = new Program("sh", ["-c", command]);
-      assert.equal(await program.exitStatus(), 0, program.err);
-      assert.ok(program.out.includes(output ?? "<h1>WebSocket test</h1>"), program.out);
-    }, without("curl", spawnSync("curl", ["--version"]).status === 0));
-  }
-
-  const withoutPython = without(
-    "Python's websockets",
-    spawnSync("/usr/bin/python3", ["-c", "import websockets"]).status === 0,
-  );
-  for (const { code, output, line } of blocks.filter(({ language }) => language === "python")) {
-    test(`line ${line}: the Python program prints what stands below it`, async () => {
-      const text = code.replaceAll("localhost:9000", `127.0.0.1:${listen()}`);
-      const program = new Program("/usr/bin/python3", ["-c", text]);
-      assert.equal(await program.exitStatus(), 0, program.err);
-      assert.equal(program.out.trimEnd(), output);
-    }, withoutPython);
-  }
-
-  test("no command has a comment behind it, which zsh would not take", () => {
-    const commands = blocks.filter(({ language }) => language === "sh");
-    assert.ok(commands.length > 5);
-    for (const { code, line } of commands) assert.doesNotMatch(code, /(^|\s)#/m, `line ${line}`);
+  test("each command can be pasted into zsh: no comments, no unquoted patterns", () => {
+    for (const { code, line } of readmeBlocks.filter(isShell)) {
+      const unquoted = code.replace(/'[^']*'/g, "");
+      assert.doesNotMatch(unquoted, /[#?*[\]~!^]|\s=/, `README.md, line ${line}`);
+    }
   });
 });
 
