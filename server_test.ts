@@ -1,14 +1,28 @@
 /**
- * Tests of server.ts and index.html, for `deno test -A` and `bun test` alike. Each runtime tests
- * the server as it runs there, over real sockets on free ports.
+ * Tests of server.ts and index.html, for `deno test -A` and `bun test` alike. Each runtime tests the
+ * server as it runs there, over real sockets on free ports.
  *
- * Contents: servers and clients for the tests; HTTP; the handshake; selecting a subprotocol; the
- * subprotocols; reversing; messages; the console; options; TLS; limits and backpressure; subprotocols
- * that fail; hostile clients; the end; the page, in Chromium; the README; the benchmark.
+ * Helpers come first: servers, then clients. The tests follow, in this order:
+ *
+ * - HTTP: the page, and what happens to every other request
+ * - the handshake: which handshakes are accepted; how the others are refused
+ * - subprotocols: selecting one; echo, count, chat, on-demand; writing one
+ * - messages: reversing on its own; messages over a connection
+ * - the log and options: the log; the command line; serve(); TLS
+ * - limits: message size, slow readers, number of connections, idle clients
+ * - failures: failing subprotocols; hostile clients
+ * - stopping: signals, stop()
+ * - the page, in Chromium; the README; the benchmark (`deno task bench`)
  */
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
-import { type ChildProcess, execFileSync, spawn, spawnSync } from "node:child_process";
+import {
+  type ChildProcess,
+  execFileSync,
+  spawn,
+  type SpawnOptions,
+  spawnSync,
+} from "node:child_process";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import {
@@ -21,7 +35,7 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
-import { connect as connectHttp2 } from "node:http2";
+import { connect as connectHttp2, type IncomingHttpHeaders } from "node:http2";
 import { connect as connectTcp, createServer, type Socket } from "node:net";
 import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
@@ -44,33 +58,40 @@ import {
 const NAME = "dumb-increment-protocol";
 const here = import.meta.dirname!;
 const onDeno = "Deno" in globalThis;
+const onLinux = process.platform === "linux";
 const page = readFileSync(join(here, "index.html"), "utf8");
 
-// What a test starts is ended after it, the last one first.
+/** What a test has started is ended after it, the last one first. */
 const cleanups: (() => unknown)[] = [];
 
 afterEach(async () => {
   for (const cleanup of cleanups.splice(0).reverse()) await cleanup();
 });
 
-/** A test of at most 30 s; without a limit Bun gives up after 5 s, Deno never. */
+/** A test of at most a minute. Without a limit, Bun gives up after 5 s and Deno never. */
 function test(name: string, run: () => Promise<void> | void, skip: string | false = false): void {
-  it(name, { timeout: 30_000, skip }, run);
+  it(name, { timeout: 60_000, skip }, run);
 }
 
-/** Locally, a test whose tool is missing is skipped; on CI it fails. */
-function without(tool: string, found: boolean): string | false {
-  return !found && !process.env.CI && `${tool} is missing`;
+/**
+ * Returns why the tests that need a tool are skipped, or false if the tool is there. On CI nothing
+ * may be skipped for a missing tool, so there a test fails that says how to get it.
+ */
+function without(tool: string, isFound: boolean, howToGet = `install ${tool}`): string | false {
+  if (isFound) return false;
+  const reason = `${tool} is missing: ${howToGet}`;
+  if (process.env.CI) it(`${tool} is installed`, () => assert.fail(reason));
+  return reason;
 }
 
 // ---- Servers ------------------------------------------------------------------------------------
 
-/** Starts a server in this process, until the end of the test. */
+/** Starts a server in this process, until the end of the test, and returns its port. */
 function listen(options: Options = {}): number {
   return startServer(options).port;
 }
 
-/** The same, for tests that stop the server themselves. */
+/** Starts a server in this process that the test can stop. */
 function startServer(options: Options = {}): Server {
   const server = serve({ port: 0, hostname: "127.0.0.1", quiet: true, ...options });
   cleanups.push(server.stop);
@@ -82,7 +103,12 @@ function listenWith(added: Subprotocol, options: Options = {}): number {
   return listen({ ...options, subprotocols: { ...subprotocols, added } });
 }
 
-/** Accepts TCP connections and never answers. */
+/** Starts a server in a process of its own, so that it works while the client does. */
+function listenSeparately(): Promise<number> {
+  return startProgram(["--port", "0", "--quiet"]).port();
+}
+
+/** Accepts TCP connections and never responds. */
 async function listenSilently(): Promise<number> {
   const server = createServer(() => {});
   cleanups.push(() => server.close());
@@ -90,15 +116,17 @@ async function listenSilently(): Promise<number> {
   return (server.address() as { port: number }).port;
 }
 
-/** A proxy that serves another port under a path, and gives its own port. */
+/** Starts a proxy that serves another port under a path, and returns its own port. */
 async function listenUnderPath(path: string, port: number): Promise<number> {
   const proxy = createServer((client) => {
     const upstream = connectTcp(port, "127.0.0.1");
     const rewrite = (data: Buffer) => data.toString("latin1").replace(`GET ${path}`, "GET /");
     client.on("data", (data) => upstream.write(rewrite(data), "latin1"));
     upstream.pipe(client);
-    for (const socket of [client, upstream]) socket.on("error", () => {});
-    cleanups.push(() => (client.destroy(), upstream.destroy()));
+    for (const socket of [client, upstream]) {
+      socket.on("error", () => {});
+      cleanups.push(() => socket.destroy());
+    }
   });
   cleanups.push(() => proxy.close());
   await new Promise<void>((resolve) => proxy.listen(0, "127.0.0.1", resolve));
@@ -110,179 +138,256 @@ class Program {
   out = "";
   err = "";
   readonly child: ChildProcess;
-  readonly #stdout: Readable;
-  readonly #end: Promise<number | null>;
+  readonly #exitStatus: Promise<number | null>;
 
-  constructor(command: string, args: string[], env: Record<string, string> = {}) {
+  constructor(
+    command: string,
+    args: string[],
+    env: Record<string, string> = {},
+    options: SpawnOptions = {},
+  ) {
     this.child = spawn(command, args, {
       cwd: here,
       env: { ...process.env, NO_COLOR: "1", ...env },
+      ...options,
     });
-    this.#stdout = this.child.stdout!.on("data", (data) => this.out += data);
+    this.child.stdout!.on("data", (data) => this.out += data);
     this.child.stderr!.on("data", (data) => this.err += data);
-    this.#end = new Promise((resolve) => this.child.on("close", resolve));
-    cleanups.push(() => (this.child.kill("SIGKILL"), this.#end));
+    this.#exitStatus = new Promise((resolve) => this.child.on("close", resolve));
+    cleanups.push(() => {
+      this.child.kill("SIGKILL");
+      return this.#exitStatus;
+    });
   }
 
-  /** Waits for the words that say where it listens, and gives the port. */
+  /** Waits for the line that says where the server listens, and returns the port. */
   async port(): Promise<number> {
-    return Number((await this.prints(/^Listening on https?:\/\/[^/]*:(\d+)\/$/m))[1]);
+    const [, port] = await this.prints(/^Listening on https?:\/\/[^/]*:(\d+)\/$/m);
+    return Number(port);
   }
 
-  /** Waits until it has printed a match. */
+  /** Waits until the program has printed a match. */
   async prints(pattern: RegExp): Promise<RegExpMatchArray> {
-    const found = await until(this.#stdout, () => this.out.match(pattern) ?? undefined);
-    return found ?? assert.fail(`${pattern} not in: ${this.out}${this.err}`);
+    const match = await until(this.child.stdout!, () => this.out.match(pattern) ?? undefined);
+    return match ?? assert.fail(`${pattern} not in: ${this.out}${this.err}`);
   }
 
-  /** Waits until it has printed a match to stderr. */
+  /** Waits until the program has printed a match to stderr. */
   async reports(pattern: RegExp): Promise<void> {
     await until(this.child.stderr!, () => pattern.test(this.err) || undefined);
     assert.match(this.err, pattern);
   }
 
-  /** Not `child.kill`: on Deno the exit status would not be seen then. */
+  /** Sends a signal. With `child.kill`, Deno would not tell the exit status. */
   signal(name: "SIGINT" | "SIGTERM"): void {
     process.kill(this.child.pid!, name);
   }
 
-  /** Waits for its end and gives its exit status. */
+  /** Waits for the end of the program and returns its exit status. */
   exitStatus(): Promise<number | null> {
-    return this.#end;
+    return this.#exitStatus;
   }
 }
 
 const denoArgs = ["run", "--no-prompt", "--allow-net", "--allow-read", "--allow-env=PORT"];
 const runtimeArgs = onDeno ? denoArgs : [];
 
+/** Starts server.ts, or another file, with arguments. */
 function startProgram(
   args: string[],
   env?: Record<string, string>,
   file = join(here, "server.ts"),
-) {
+): Program {
   return new Program(process.execPath, [...runtimeArgs, file, ...args], env);
 }
 
 /** Starts a copy of server.ts with lines added to it, as somebody makes it their own. */
-function startEdited(lines: string, args: string[] = []): Program {
-  const folder = temporaryFolder();
-  for (const file of ["server.ts", "index.html", "deno.json"]) {
-    cpSync(join(here, file), join(folder, file));
-  }
-  appendFileSync(join(folder, "server.ts"), lines);
+function startExtended(addedLines: string, args: string[] = []): Program {
+  const source = readFileSync(join(here, "server.ts"), "utf8");
+  const folder = copyServer({ "server.ts": `${source}\n${addedLines}` });
   return startProgram(["--port", "0", ...args], {}, join(folder, "server.ts"));
 }
 
+/** Starts a program that uses server.ts. The program prints where it listens. */
+function startOwnProgram(code: string): Program {
+  const folder = copyServer({ "program.ts": code });
+  return startProgram([], {}, join(folder, "program.ts"));
+}
+
+/** Copies the server to a new folder, with some files replaced or added, and returns the folder. */
+function copyServer(files: Record<string, string> = {}): string {
+  const folder = temporaryFolder();
+  for (const name of ["server.ts", "index.html", "deno.json"]) {
+    cpSync(join(here, name), join(folder, name));
+  }
+  for (const [name, content] of Object.entries(files)) writeFileSync(join(folder, name), content);
+  return folder;
+}
+
+/** Makes a folder that is removed after the test. */
 function temporaryFolder(): string {
   const folder = mkdtempSync(join(tmpdir(), "server-test-"));
   cleanups.push(() => rmSync(folder, { recursive: true }));
   return folder;
 }
 
-/** The options for a new certificate. */
+/** Makes a certificate and returns the arguments with which the server uses it. */
 function certificate(): string[] {
-  const folder = temporaryFolder(), cert = join(folder, "cert.pem"), key = join(folder, "key.pem");
-  const how = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
-  const args = [...how.split(" "), "-subj", "/CN=localhost", "-keyout", key, "-out", cert];
+  const folder = temporaryFolder();
+  const cert = join(folder, "cert.pem");
+  const key = join(folder, "key.pem");
+  const options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
+  const args = [...options.split(" "), "-subj", "/CN=localhost", "-keyout", key, "-out", cert];
   execFileSync("openssl", args, { stdio: "ignore" });
   return ["--cert", cert, "--key", key];
 }
 
-const withoutOpenssl = without("openssl", spawnSync("openssl", ["version"]).status === 0);
+const withoutOpenssl = without(
+  "openssl",
+  spawnSync("openssl", ["version"]).status === 0,
+  "apt-get install openssl",
+);
 
 // ---- Clients ------------------------------------------------------------------------------------
 
-/** Looks again with each event of a stream until something is found, or until its end. */
+/** Waits until something is found, looking again at each event of a stream, or until its end. */
 function until<T>(stream: Readable, find: () => T | undefined): Promise<T | undefined> {
   return new Promise((resolve) => {
-    const look = () => {
+    const check = () => {
       const found = find();
       if (found === undefined && !stream.destroyed) return;
-      stream.off("data", look).off("close", look);
+      stream.off("data", check).off("close", check);
       resolve(found);
     };
-    stream.on("data", look).on("close", look);
-    look();
+    stream.on("data", check).on("close", check);
+    check();
   });
 }
 
 type HttpResponse = { status: number; body: string; header(name: string): string[] };
 type Frame = { fin: boolean; opcode: number; data: Buffer };
 
-const CONTINUATION = 0, TEXT = 1, BINARY = 2, CLOSE = 8, PING = 9, PONG = 10;
+const CONTINUATION = 0;
+const TEXT = 1;
+const BINARY = 2;
+const CLOSE = 8;
+const PING = 9;
+const PONG = 10;
 
-/** A client that hides nothing: text and frames go out and come in as they are. */
-class Raw {
-  #bytes = Buffer.alloc(0);
+/** A client that hides nothing: it sends and shows single HTTP messages and WebSocket frames. */
+class RawClient {
+  #bytes = Buffer.alloc(0); // received, but not yet taken
 
   constructor(readonly socket: Socket) {
     cleanups.push(() => socket.destroy());
     socket.on("data", (chunk) => this.#bytes = Buffer.concat([this.#bytes, chunk]));
-    socket.on("error", () => {}); // a reset is an end, too
+    socket.on("error", () => {}); // "close" follows, which is enough
   }
 
-  static to(port: number): Raw {
-    return new Raw(connectTcp(port, "127.0.0.1"));
+  /** The IP address and port of this client, while it is connected. */
+  get address(): string {
+    return `127.0.0.1:${this.socket.localPort}`;
   }
 
-  /** Connects as a WebSocket client. */
-  static async open(port: number, name = NAME): Promise<Raw> {
-    const raw = Raw.to(port);
-    raw.socket.write(handshake({ "Sec-WebSocket-Protocol": name }));
-    assert.equal((await raw.nextResponse())?.status, 101);
-    return raw;
+  /** Connects by TCP. */
+  static to(port: number): RawClient {
+    return new RawClient(connectTcp(port, "127.0.0.1"));
   }
 
-  /** The next response; undefined at the end of the connection. */
+  /** Connects by WebSocket. */
+  static open(port: number, subprotocol = NAME): Promise<RawClient> {
+    return RawClient.openWith(port, handshake({ "Sec-WebSocket-Protocol": subprotocol }));
+  }
+
+  /** Connects by WebSocket with a handshake of one's own. */
+  static async openWith(port: number, handshakeText: string): Promise<RawClient> {
+    const client = RawClient.to(port);
+    client.socket.write(handshakeText);
+    assert.equal((await client.nextResponse())?.status, 101);
+    return client;
+  }
+
+  /** Waits for the next response; undefined at the end of the connection. */
   nextResponse(method = "GET"): Promise<HttpResponse | undefined> {
-    return until(this.socket, () => {
-      const end = this.#bytes.indexOf("\r\n\r\n") + 4;
-      if (end < 4) return;
-      const head = this.#bytes.toString("latin1", 0, end);
-      const header = (name: string) =>
-        [...head.matchAll(new RegExp(`^${name}: *(.*)\r`, "gim"))].map((match) => match[1]);
-      const length = method === "HEAD" ? 0 : Number(header("content-length")[0] ?? 0);
-      if (this.#bytes.length < end + length) return;
-      const body = this.#bytes.toString("utf8", end, end + length);
-      this.#bytes = this.#bytes.subarray(end + length);
-      return { status: Number(head.slice(9, 12)), body, header };
-    });
+    return until(this.socket, () => this.#takeResponse(method));
   }
 
-  /** The next frame; undefined at the end of the connection. */
+  #takeResponse(method: string): HttpResponse | undefined {
+    const blankLine = this.#bytes.indexOf("\r\n\r\n");
+    if (blankLine < 0) return undefined;
+    const bodyStart = blankLine + 4;
+    const head = this.#bytes.toString("latin1", 0, bodyStart);
+    const header = (name: string) =>
+      [...head.matchAll(new RegExp(`^${name}: *(.*)\r`, "gim"))].map(([, value]) => value);
+    const bodyLength = method === "HEAD" ? 0 : Number(header("content-length")[0] ?? 0);
+    const bodyEnd = bodyStart + bodyLength;
+    if (this.#bytes.length < bodyEnd) return undefined;
+    const body = this.#bytes.toString("utf8", bodyStart, bodyEnd);
+    this.#bytes = this.#bytes.subarray(bodyEnd);
+    return { status: Number(head.slice(9, 12)), body, header };
+  }
+
+  /** Waits for the next frame; undefined at the end of the connection. */
   nextFrame(): Promise<Frame | undefined> {
     return until(this.socket, () => this.#takeFrame());
   }
 
   #takeFrame(): Frame | undefined {
-    const bytes = this.#bytes, size = bytes[1];
-    const start = size === 127 ? 10 : size === 126 ? 4 : 2;
-    if (bytes.length < start) return;
-    const end = start +
-      (start === 2 ? size : start === 4 ? bytes.readUInt16BE(2) : bytes.readUInt32BE(6));
-    if (bytes.length < end) return;
+    const bytes = this.#bytes;
+    if (bytes.length < 2) return undefined;
+    let length = bytes[1];
+    let start = 2;
+    if (length === 126) start = 4;
+    if (length === 127) start = 10;
+    if (bytes.length < start) return undefined;
+    if (start === 4) length = bytes.readUInt16BE(2);
+    if (start === 10) length = bytes.readUInt32BE(6);
+    const end = start + length;
+    if (bytes.length < end) return undefined;
     this.#bytes = bytes.subarray(end);
     return { fin: bytes[0] >= 128, opcode: bytes[0] & 15, data: bytes.subarray(start, end) };
   }
 
-  /** Sends a message and gives the reply: a text, or the bytes in hexadecimal. */
-  async ask(message: string | Uint8Array): Promise<string | undefined> {
-    this.socket.write(encodeFrame(typeof message === "string" ? TEXT : BINARY, message));
-    const reply = await this.nextFrame();
-    return reply && reply.data.toString(reply.opcode === TEXT ? "utf8" : "hex");
+  /** Waits for the next frame and returns its data as text. */
+  async nextText(): Promise<string | undefined> {
+    const frame = await this.nextFrame();
+    return frame?.data.toString();
   }
 
-  /** Reads to the end of the connection: code and reason of the close frame, or "cut". */
+  /** Sends messages, in one go. */
+  send(...messages: (string | Uint8Array)[]): void {
+    const frames = messages.map((message) =>
+      encodeFrame(typeof message === "string" ? TEXT : BINARY, message)
+    );
+    this.socket.write(Buffer.concat(frames));
+  }
+
+  /** Sends a message and returns the reply: a text, or the bytes in hexadecimal. */
+  async ask(message: string | Uint8Array): Promise<string | undefined> {
+    this.send(message);
+    const reply = await this.nextFrame();
+    return reply?.data.toString(reply.opcode === TEXT ? "utf8" : "hex");
+  }
+
+  /** Reads to the end; returns code and reason of the close frame, or "cut" if there is none. */
   async closeReason(): Promise<string> {
-    const close = await until(this.socket, () => {
-      for (let frame; (frame = this.#takeFrame());) if (frame.opcode === CLOSE) return frame.data;
-    });
-    return close ? `${close.readUInt16BE()} ${close.toString("utf8", 2)}` : "cut";
+    const frame = await until(this.socket, () => this.#takeCloseFrame());
+    if (!frame) return "cut";
+    return `${frame.data.readUInt16BE()} ${frame.data.toString("utf8", 2)}`;
+  }
+
+  #takeCloseFrame(): Frame | undefined {
+    let frame = this.#takeFrame();
+    while (frame && frame.opcode !== CLOSE) frame = this.#takeFrame();
+    return frame;
   }
 }
 
-/** A request to upgrade; `[]` leaves a header out, two values send it twice. */
-function handshake(changes: Record<string, string | string[]> = {}, first = "GET / HTTP/1.1") {
+/** Encodes a handshake; `[]` leaves a header out, two values send it twice. */
+function handshake(
+  changes: Record<string, string | string[]> = {},
+  requestLine = "GET / HTTP/1.1",
+): string {
   const headers: typeof changes = {
     "Host": "localhost",
     "Upgrade": "websocket",
@@ -292,83 +397,100 @@ function handshake(changes: Record<string, string | string[]> = {}, first = "GET
     "Sec-WebSocket-Protocol": NAME,
     ...changes,
   };
-  const lines = Object.entries(headers).flatMap(([name, values]) =>
+  const headerLines = Object.entries(headers).flatMap(([name, values]) =>
     [values].flat().map((value) => `${name}: ${value}`)
   );
-  return [first, ...lines, "", ""].join("\r\n");
+  return [requestLine, ...headerLines, "", ""].join("\r\n");
 }
 
-/** A masked frame, as clients send them. */
+/** Encodes a frame as clients do, with a mask. */
 function encodeFrame(opcode: number, payload: string | Uint8Array = "", fin = true): Buffer {
-  const data = Buffer.from(payload as string), n = data.length;
-  const head = Buffer.alloc(n < 126 ? 2 : n < 65536 ? 4 : 10);
-  head[0] = opcode | (fin ? 128 : 0);
-  head[1] = 128 | (n < 126 ? n : n < 65536 ? 126 : 127);
-  if (head.length === 4) head.writeUInt16BE(n, 2);
-  if (head.length === 10) head.writeUInt32BE(n, 6);
+  const data = Buffer.from(payload as string);
   const mask = Buffer.from([1, 2, 3, 4]);
+  const head = encodeFrameHead(data.length);
+  head[0] = opcode | (fin ? 128 : 0);
   return Buffer.concat([head, mask, data.map((byte, i) => byte ^ mask[i & 3])]);
+}
+
+/** Encodes the length of a masked frame, in the shortest form. */
+function encodeFrameHead(length: number): Buffer {
+  if (length < 126) return Buffer.from([0, 128 | length]);
+  if (length < 65536) return Buffer.from([0, 128 | 126, length >> 8, length & 255]);
+  const head = Buffer.alloc(10);
+  head[1] = 128 | 127;
+  head.writeUInt32BE(length, 6);
+  return head;
 }
 
 function closeFrame(code: number): Buffer {
   return encodeFrame(CLOSE, Uint8Array.of(code >> 8, code & 255));
 }
 
-/** Sends a request and gives the response. */
+/** Sends an HTTP request on a connection of its own and returns the response. */
 async function request(port: number, text: string): Promise<HttpResponse> {
-  const raw = Raw.to(port);
-  raw.socket.write(text, "latin1");
-  const answer = await raw.nextResponse(text.split(" ")[0]);
-  raw.socket.destroy();
-  return answer ?? assert.fail("no answer");
+  const client = RawClient.to(port);
+  client.socket.write(text, "latin1");
+  const [method] = text.split(" ");
+  const response = await client.nextResponse(method);
+  client.socket.destroy();
+  return response ?? assert.fail("no response");
 }
 
-/** A client as an application has one. */
-async function connect(port: number, name = NAME): Promise<WebSocket> {
-  const socket = new WebSocket(`ws://127.0.0.1:${port}/`, name);
+/** Connects by WebSocket as applications do. */
+async function connect(port: number, subprotocol = NAME): Promise<WebSocket> {
+  const socket = new WebSocket(`ws://127.0.0.1:${port}/`, subprotocol);
   cleanups.push(() => socket.close());
   socket.binaryType = "arraybuffer";
   await once(socket, "open");
   return socket;
 }
 
-/** Sends messages all at once and gives as many replies. */
+/** Sends messages all at once and returns as many replies. */
 function replies(socket: WebSocket, messages: Message[]): Promise<(string | ArrayBuffer)[]> {
   const collected = collect(socket, messages.length);
   for (const message of messages) socket.send(message);
   return collected;
 }
 
-/** Gives the next messages that arrive. Fails if the connection is closed before. */
+/** Waits for a number of messages. Fails if the connection is closed before. */
 function collect(socket: WebSocket, count: number): Promise<(string | ArrayBuffer)[]> {
   return new Promise((resolve, reject) => {
     const received: (string | ArrayBuffer)[] = [];
-    socket.onmessage = ({ data }) => received.push(data) === count && resolve(received);
-    socket.onclose = ({ code }) =>
-      reject(new Error(`closed with ${code} after ${received.length}`));
+    socket.onmessage = ({ data }) => {
+      received.push(data);
+      if (received.length === count) resolve(received);
+    };
+    socket.onclose = ({ code }) => {
+      reject(new Error(`closed with ${code} after ${received.length} messages`));
+    };
   });
 }
 
-/** Whether the server still serves: a new client gets its reply. */
+/** Fails unless a new client gets its reply. */
 async function assertServes(port: number): Promise<void> {
-  const raw = await Raw.open(port);
-  assert.equal(await raw.ask("serving"), "gnivres");
-  raw.socket.destroy();
+  const client = await RawClient.open(port);
+  await assertReplies(client);
+  client.socket.destroy();
+}
+
+/** Fails unless an open connection, of the subprotocol that reverses, gets its reply. */
+async function assertReplies(client: RawClient): Promise<void> {
+  assert.equal(await client.ask("serving"), "gnivres");
 }
 
 /** Tries until something works, at most for 15 s. */
-async function eventually<T>(attempt: () => Promise<T>, what = ""): Promise<T> {
+async function eventually<T>(attempt: () => T | Promise<T>, what: string): Promise<T> {
   for (let tries = 0;; tries++) {
     try {
       return await attempt();
     } catch (error) {
-      if (tries === 150) throw new Error(`still not, ${what}`, { cause: error });
+      if (tries === 150) throw new Error(`this never came true: ${what}`, { cause: error });
       await sleep(100);
     }
   }
 }
 
-/** Random whole numbers below n, the same in each run. */
+/** Makes a function that returns random whole numbers below n, the same in each run. */
 function randomNumbers(seed: number): (n: number) => number {
   return (n) => {
     seed = Math.imul(seed ^ seed >>> 15, 0x2c1b3c6d) + 0x9e3779b9 | 0;
@@ -379,57 +501,65 @@ function randomNumbers(seed: number): (n: number) => number {
 // ---- HTTP ---------------------------------------------------------------------------------------
 
 describe("HTTP", () => {
+  /** Sends a request without a body. */
   const get = (port: number, method: string, target: string, host = "localhost") =>
     request(port, `${method} ${target} HTTP/1.1\r\nHost: ${host}\r\n\r\n`);
 
-  test("GET / is the page, with a policy that allows its own style and script only", async () => {
+  /** Returns the hash of the page's style or script, as a policy has it. */
+  const contentHash = (element: string) => {
+    const [, content] = page.match(`<${element}[^>]*>([^]*?)</${element}>`)!;
+    return createHash("sha256").update(content).digest("base64");
+  };
+
+  test("GET / returns the page", async () => {
     const { status, header, body } = await get(listen(), "GET", "/");
     assert.equal(status, 200);
     assert.equal(body, page);
     assert.deepEqual(header("content-type"), ["text/html; charset=utf-8"]);
     assert.deepEqual(header("x-content-type-options"), ["nosniff"]);
-    const policy = header("content-security-policy")[0];
+  });
+
+  test("GET / returns the page whatever the query is", async () => {
+    const { body } = await get(listen(), "GET", "/?server=wss://example.org/");
+    assert.equal(body, page);
+  });
+
+  test("HEAD / returns the headers of the page without a body", async () => {
+    const client = RawClient.to(listen());
+    client.socket.write("HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    const response = await client.nextResponse("HEAD");
+    assert.equal(response?.status, 200);
+    assert.deepEqual(response.header("content-type"), ["text/html; charset=utf-8"]);
+    assert.equal(response.header("content-security-policy").length, 1);
+    assert.equal(await client.nextFrame(), undefined, "something follows the headers");
+  });
+
+  test("the page may use its own style and script, open WebSockets, and nothing else", async () => {
+    const { header } = await get(listen(), "GET", "/");
+    const [policy] = header("content-security-policy");
     assert.match(policy, /default-src 'none'/);
     assert.match(policy, /connect-src ws: wss:/);
     assert.doesNotMatch(policy, /unsafe|\*/);
-    for (const name of ["style", "script"]) {
-      const text = page.match(`<${name}[^>]*>([^]*?)</${name}>`)![1];
-      const hash = createHash("sha256").update(text).digest("base64");
-      assert.match(policy.match(`${name}-src ([^;]*)`)![1], new RegExp(RegExp.escape(hash)));
+    for (const element of ["style", "script"]) {
+      const [, sources] = policy.match(`${element}-src ([^;]*)`)!;
+      assert.equal(sources, `'sha256-${contentHash(element)}'`);
     }
   });
 
-  test("the page works with CR LF line ends, too", async () => {
-    const folder = temporaryFolder();
-    for (const file of ["server.ts", "deno.json"]) cpSync(join(here, file), join(folder, file));
-    writeFileSync(join(folder, "index.html"), page.replaceAll("\n", "\r\n"));
+  test("the page works if index.html has CR LF line ends", async () => {
+    const folder = copyServer({ "index.html": page.replaceAll("\n", "\r\n") });
     const program = startProgram(["--port", "0"], {}, join(folder, "server.ts"));
     const { body, header } = await get(await program.port(), "GET", "/");
     assert.equal(body, page);
-    const script = page.match(/<script[^>]*>([^]*?)<\/script>/)![1];
-    const hash = createHash("sha256").update(script).digest("base64");
-    assert.ok(header("content-security-policy")[0].includes(hash));
+    assert.ok(header("content-security-policy")[0].includes(contentHash("script")));
   });
 
   test("the page suggests only subprotocols that the server speaks", () => {
     const suggestions = page.matchAll(/<option[^>]*value="([^"]+)"/g);
     const names = [...suggestions].map(([, name]) => name);
-    assert.deepEqual(names.filter((name) => !Object.hasOwn(subprotocols, name)), []);
+    const unknownNames = names.filter((name) => !Object.hasOwn(subprotocols, name));
+    assert.deepEqual(unknownNames, []);
     assert.ok(names.includes(NAME));
-  });
-
-  test("HEAD / has the headers of the page and no body", async () => {
-    const raw = Raw.to(listen());
-    raw.socket.write("HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-    const answer = await raw.nextResponse("HEAD");
-    assert.equal(answer?.status, 200);
-    assert.deepEqual(answer.header("content-type"), ["text/html; charset=utf-8"]);
-    assert.equal(answer.header("content-security-policy").length, 1);
-    assert.equal(await raw.nextFrame(), undefined, "nothing follows");
-  });
-
-  test("the page takes a query", async () => {
-    assert.equal((await get(listen(), "GET", "/?server=wss://example.org/")).status, 200);
   });
 
   for (const path of ["/absent", "//", "/index.html", "/server.ts", "/%2e%2e/server.ts"]) {
@@ -442,7 +572,7 @@ describe("HTTP", () => {
   }
 
   for (const method of ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"]) {
-    test(`${method} is answered with 405 and the methods allowed`, async () => {
+    test(`${method} / is answered with 405, which names the allowed methods`, async () => {
       const { status, header } = await get(listen(), method, "/");
       assert.equal(status, 405);
       assert.deepEqual(header("allow"), ["GET, HEAD"]);
@@ -450,58 +580,57 @@ describe("HTTP", () => {
   }
 
   for (const host of ["a b", "localhost:99999", "[bad", "^", "a/b", "a@b", "a?b", "a#b", "a\\b"]) {
-    test(`the Host ${host} is answered with 400`, async () => {
-      assert.equal((await get(listen(), "GET", "/", host)).status, 400);
+    test(`the Host header "${host}" is refused with 400`, async () => {
+      const { status } = await get(listen(), "GET", "/", host);
+      assert.equal(status, 400);
     });
   }
 });
 
-// ---- Handshake ----------------------------------------------------------------------------------
+// ---- The handshake ------------------------------------------------------------------------------
 
-describe("a handshake", () => {
-  test("is answered with the hash of its key", async () => {
+describe("the handshake", () => {
+  test("a valid handshake is answered with 101 and the hash of its key", async () => {
     const { status, header } = await request(listen(), handshake());
     assert.equal(status, 101);
     assert.deepEqual(header("sec-websocket-accept"), ["s3pPLMBiTxaQ9kYGzzhZRbK+xOo="]);
     assert.match(header("upgrade")[0], /^websocket$/i);
     assert.match(header("connection")[0], /^upgrade$/i);
+  });
+
+  test("no extension is negotiated, not even compression", async () => {
+    const offer = { "Sec-WebSocket-Extensions": "permessage-deflate" };
+    const { status, header } = await request(listen(), handshake(offer));
+    assert.equal(status, 101);
     assert.deepEqual(header("sec-websocket-extensions"), []);
   });
 
   const accepted: Record<string, [string, string | string[]]> = {
-    "Upgrade in another case": ["Upgrade", "WebSocket"],
-    "Upgrade with other protocols": ["Upgrade", "h2c, websocket"],
-    "Connection in another case": ["Connection", "upgrade"],
-    "Connection with other tokens": ["Connection", "keep-alive, Upgrade"],
-    "Connection over two lines": ["Connection", ["keep-alive", "Upgrade"]],
-    "an extension that nobody knows": ["Sec-WebSocket-Extensions", "x-unknown"],
-    "any Origin, where none was chosen": ["Origin", "https://example.org"],
+    "an Upgrade header in another case": ["Upgrade", "WebSocket"],
+    "an Upgrade header with other protocols": ["Upgrade", "h2c, websocket"],
+    "a Connection header in another case": ["Connection", "upgrade"],
+    "a Connection header with other tokens": ["Connection", "keep-alive, Upgrade"],
+    "a Connection header in two lines": ["Connection", ["keep-alive", "Upgrade"]],
+    "an unknown extension": ["Sec-WebSocket-Extensions", "x-unknown"],
+    "any Origin header, without --origin,": ["Origin", "https://example.org"],
   };
   for (const [what, [name, value]] of Object.entries(accepted)) {
-    test(`is accepted with ${what}`, async () => {
-      assert.equal((await request(listen(), handshake({ [name]: value }))).status, 101);
+    test(`a handshake with ${what} is accepted`, async () => {
+      const { status } = await request(listen(), handshake({ [name]: value }));
+      assert.equal(status, 101);
     });
   }
 
   for (const path of ["/a/path/of/a/proxy", "/?query", "//", "/absent"]) {
-    test(`is accepted at the path ${path}`, async () => {
-      const text = handshake({}, `GET ${path} HTTP/1.1`);
-      assert.equal((await request(listen(), text)).status, 101);
-    });
-  }
-
-  for (const name of ["Upgrade", "Connection"]) {
-    test(`with a byte in ${name} that is no blank ends nothing`, async () => {
-      const program = startProgram(["--port", "0", "--quiet"]);
-      const port = await program.port(), raw = Raw.to(port);
-      raw.socket.write(Buffer.from(handshake({ [name]: "\xa0Upgrade, \xa0websocket" }), "latin1"));
-      assert.equal((await raw.nextResponse())?.status, 400);
-      assert.equal(program.err, "");
+    test(`a handshake for the path ${path} is accepted`, async () => {
+      const { status } = await request(listen(), handshake({}, `GET ${path} HTTP/1.1`));
+      assert.equal(status, 101);
     });
   }
 
   for (const version of [[], "8", "14", "013", "x"]) {
-    test(`of version ${version} is answered with 426 and the one we speak`, async () => {
+    const what = version.length === 0 ? "no version" : `version ${version}`;
+    test(`a handshake with ${what} is refused with 426, which names version 13`, async () => {
       const text = handshake({ "Sec-WebSocket-Version": version });
       const { status, header } = await request(listen(), text);
       assert.equal(status, 426);
@@ -511,37 +640,46 @@ describe("a handshake", () => {
 
   const key = "dGhlIHNhbXBsZSBub25jZQ==";
   const refused: [string, string, string | string[], RegExp][] = [
-    ["without a key", "Sec-WebSocket-Key", [], /Sec-WebSocket-Key/],
-    ["with an empty key", "Sec-WebSocket-Key", "", /Sec-WebSocket-Key/],
-    ["with a short key", "Sec-WebSocket-Key", "c2hvcnQ=", /Sec-WebSocket-Key/],
-    ["with a key of 32 bytes", "Sec-WebSocket-Key", `${"A".repeat(43)}=`, /Sec-WebSocket-Key/],
-    ["with a key not in base64", "Sec-WebSocket-Key", `${"!".repeat(22)}==`, /Sec-WebSocket-Key/],
-    ["with two keys", "Sec-WebSocket-Key", [key, key], /Sec-WebSocket-Key/],
-    ["without Upgrade", "Upgrade", [], /Upgrade: websocket/],
-    ["with another Upgrade", "Upgrade", "websockets", /Upgrade: websocket/],
-    ["without Connection", "Connection", [], /Connection: Upgrade/],
-    ["with another Connection", "Connection", "keep-alive, upgraded", /Connection: Upgrade/],
+    ["no key", "Sec-WebSocket-Key", [], /Sec-WebSocket-Key/],
+    ["an empty key", "Sec-WebSocket-Key", "", /Sec-WebSocket-Key/],
+    ["a short key", "Sec-WebSocket-Key", "c2hvcnQ=", /Sec-WebSocket-Key/],
+    ["a key of 32 bytes", "Sec-WebSocket-Key", `${"A".repeat(43)}=`, /Sec-WebSocket-Key/],
+    ["a key not in base64", "Sec-WebSocket-Key", `${"!".repeat(22)}==`, /Sec-WebSocket-Key/],
+    ["two keys", "Sec-WebSocket-Key", [key, key], /Sec-WebSocket-Key/],
+    ["no Upgrade header", "Upgrade", [], /Upgrade: websocket/],
+    ["another Upgrade header", "Upgrade", "websockets", /Upgrade: websocket/],
+    ["no Connection header", "Connection", [], /Connection: Upgrade/],
+    ["another Connection header", "Connection", "keep-alive, upgraded", /Connection: Upgrade/],
   ];
   for (const [what, name, value, words] of refused) {
-    test(`${what} is answered with 400 in few words`, async () => {
+    test(`a handshake with ${what} is refused with 400, which names the header`, async () => {
       const { status, header, body } = await request(listen(), handshake({ [name]: value }));
       assert.equal(status, 400);
       assert.deepEqual(header("content-type"), ["text/plain; charset=utf-8"]);
       assert.match(body, words);
-      assert.ok(body.length < 200);
+      assert.ok(body.length < 200, body);
     });
   }
 
-  for (const header of ["Content-Length: 3", "Transfer-Encoding: chunked"]) {
-    test(`with a body (${header}) is refused with 400, and the body is not read as frames`, async () => {
-      const [name, value] = header.split(": ");
-      const raw = Raw.to(listen());
-      raw.socket.write(handshake({ [name]: value }));
-      assert.equal((await raw.nextResponse())?.status, 400);
+  for (const name of ["Upgrade", "Connection"]) {
+    test(`a handshake with a no-break space in ${name} is refused without an error`, async () => {
+      const program = startProgram(["--port", "0", "--quiet"]);
+      const text = handshake({ [name]: "\xa0Upgrade, \xa0websocket" });
+      const { status } = await request(await program.port(), text);
+      assert.equal(status, 400);
+      assert.equal(program.err, "");
     });
   }
 
-  test("with several faults is told the subprotocols first", async () => {
+  const bodies = { "Content-Length": "3", "Transfer-Encoding": "chunked" };
+  for (const [name, value] of Object.entries(bodies)) {
+    test(`a handshake with a body (${name}) is refused with 400`, async () => {
+      const { status } = await request(listen(), handshake({ [name]: value }));
+      assert.equal(status, 400);
+    });
+  }
+
+  test("a handshake with several faults is told about the subprotocol first", async () => {
     const changes = { "Sec-WebSocket-Protocol": [], "Sec-WebSocket-Version": "8" };
     const { status, body } = await request(listen(), handshake(changes));
     assert.equal(status, 400);
@@ -549,28 +687,49 @@ describe("a handshake", () => {
   });
 
   for (const method of ["POST", "PUT", "HEAD"]) {
-    test(`with ${method} is answered with 405`, async () => {
+    test(`a handshake by ${method} is refused with 405, which allows GET`, async () => {
       const { status, header } = await request(listen(), handshake({}, `${method} / HTTP/1.1`));
       assert.equal(status, 405);
       assert.match(header("allow")[0], /^GET/);
     });
   }
 
-  for (const first of ["GET / HTTP/1.1", "GET / HTTP/1.0"]) {
-    test(`without a Host, ${first}, is answered with 400`, async () => {
-      assert.equal((await request(listen(), handshake({ Host: [] }, first))).status, 400);
+  for (const version of ["HTTP/1.1", "HTTP/1.0"]) {
+    test(`a handshake by ${version} without a Host header is refused with 400`, async () => {
+      const { status } = await request(listen(), handshake({ Host: [] }, `GET / ${version}`));
+      assert.equal(status, 400);
     });
   }
 
   for (const [method, status] of [["GET", 200], ["POST", 405]] as const) {
-    test(`that was refused leaves the connection usable: ${method} is ${status}`, async () => {
-      const raw = Raw.to(listen());
-      raw.socket.write(handshake({ "Sec-WebSocket-Version": "8" }));
-      assert.equal((await raw.nextResponse())?.status, 426);
-      raw.socket.write(`${method} / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n`);
-      assert.equal((await raw.nextResponse())?.status, status);
+    test(`${method} / works on the TCP connection of a refused handshake`, async () => {
+      const client = RawClient.to(listen());
+      client.socket.write(handshake({ "Sec-WebSocket-Version": "8" }));
+      assert.equal((await client.nextResponse())?.status, 426);
+      client.socket.write(`${method} / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n`);
+      assert.equal((await client.nextResponse())?.status, status);
     });
   }
+
+  test("a handshake that Bun refuses by itself is answered with 400, not left open", async () => {
+    const { Bun } = globalThis as unknown as { Bun: { serve(options: FetchOptions): unknown } };
+    type Upgrader = { upgrade(): boolean; requestIP(request: Request): unknown };
+    type FetchOptions = { fetch(request: Request, server: Upgrader): unknown };
+    const { serve } = Bun;
+    cleanups.push(() => Bun.serve = serve);
+    Bun.serve = (options) =>
+      serve({
+        ...options,
+        fetch: (request, server) =>
+          options.fetch(request, {
+            upgrade: () => false,
+            requestIP: (request) => server.requestIP(request),
+          }),
+      });
+    const { status, body } = await request(listen(), handshake());
+    assert.equal(status, 400);
+    assert.match(body, /^Bun has refused the handshake\./);
+  }, onDeno && "Deno.upgradeWebSocket refuses nothing that the server has accepted");
 });
 
 // ---- Subprotocols -------------------------------------------------------------------------------
@@ -578,127 +737,175 @@ describe("a handshake", () => {
 describe("selecting a subprotocol", () => {
   const shout: Subprotocol = () => (message) => String(message).toUpperCase();
   const selected: Record<string, [string | string[], string]> = {
-    "the only one": [NAME, NAME],
-    "the second of two": [`other, ${NAME}`, NAME],
-    "one without blanks": [`a,${NAME},b`, NAME],
-    "one with blanks and tabs": [`a ,\t ${NAME} \t, b`, NAME],
-    "one beside empty items": [`,, ${NAME},`, NAME],
-    "one on the second line": [["a, b", `c, ${NAME}`], NAME],
-    "the first of two that are spoken": [`a, added, ${NAME}`, "added"],
-    "the first of two on two lines": [[NAME, "added"], NAME],
+    "the only offer": [NAME, NAME],
+    "the second offer, if the first is unknown,": [`other, ${NAME}`, NAME],
+    "an offer in a list without blanks": [`a,${NAME},b`, NAME],
+    "an offer between blanks and tabs": [`a ,\t ${NAME} \t, b`, NAME],
+    "an offer between empty ones": [`,, ${NAME},`, NAME],
+    "an offer in the second of two headers": [["a, b", `c, ${NAME}`], NAME],
+    "the first of two known offers": [`a, added, ${NAME}`, "added"],
+    "the first of two known offers in two headers": [[NAME, "added"], NAME],
   };
-  for (const [offer, [header, name]] of Object.entries(selected)) {
-    test(`the server selects ${offer} and names it once`, async () => {
-      const text = handshake({ "Sec-WebSocket-Protocol": header });
-      const response = await request(listenWith(shout), text);
-      assert.equal(response.status, 101);
-      assert.deepEqual(response.header("sec-websocket-protocol"), [name]);
+  for (const [what, [offer, name]] of Object.entries(selected)) {
+    test(`${what} is selected, and the response names it once`, async () => {
+      const text = handshake({ "Sec-WebSocket-Protocol": offer });
+      const { status, header } = await request(listenWith(shout), text);
+      assert.equal(status, 101);
+      assert.deepEqual(header("sec-websocket-protocol"), [name]);
     });
   }
 
   const inherited = ["__proto__", "constructor", "toString", "hasOwnProperty"];
   const similar = [NAME.toUpperCase(), `${NAME}s`, `"${NAME}"`, `${NAME}\xa0`, `x,\xa0${NAME}`];
   for (const offer of [[], "", ",", "other", ...similar, ...inherited]) {
-    test(`offering ${JSON.stringify(offer)} is refused with 400 and the names spoken`, async () => {
+    const shown = JSON.stringify(offer).replaceAll("\xa0", "\\u00a0");
+    const what = Array.isArray(offer) ? "no offer" : `the offer ${shown}`;
+    test(`${what} is refused with 400, which lists the subprotocols`, async () => {
       const text = handshake({ "Sec-WebSocket-Protocol": offer });
-      const response = await request(listenWith(shout), text);
-      assert.equal(response.status, 400);
-      assert.match(response.body, new RegExp(`${NAME}, echo, count, chat, on-demand, added`));
-      assert.deepEqual(response.header("content-type"), ["text/plain; charset=utf-8"]);
+      const { status, header, body } = await request(listenWith(shout), text);
+      assert.equal(status, 400);
+      assert.match(body, new RegExp(`${NAME}, echo, count, chat, on-demand, added`));
+      assert.deepEqual(header("content-type"), ["text/plain; charset=utf-8"]);
     });
   }
 
-  test("a default subprotocol serves clients that offer none, and is not named", async () => {
-    const port = listen({ defaultSubprotocol: "echo" });
-    const raw = Raw.to(port);
-    raw.socket.write(handshake({ "Sec-WebSocket-Protocol": [] }));
-    const response = await raw.nextResponse();
+  test("a client without an offer gets the default subprotocol, unnamed", async () => {
+    const client = RawClient.to(listen({ defaultSubprotocol: "echo" }));
+    client.socket.write(handshake({ "Sec-WebSocket-Protocol": [] }));
+    const response = await client.nextResponse();
     assert.equal(response?.status, 101);
     assert.deepEqual(response.header("sec-websocket-protocol"), []);
-    assert.equal(await raw.ask("same"), "same");
+    assert.equal(await client.ask("same"), "same");
   });
 
-  test("a default subprotocol does not serve clients that offer unknown names", async () => {
+  test("a client with unknown offers does not get the default subprotocol", async () => {
     const port = listen({ defaultSubprotocol: "echo" });
-    const text = handshake({ "Sec-WebSocket-Protocol": "unknown" });
-    assert.equal((await request(port, text)).status, 400);
+    const { status } = await request(port, handshake({ "Sec-WebSocket-Protocol": "unknown" }));
+    assert.equal(status, 400);
   });
 });
 
-describe("subprotocols", () => {
-  test("echo answers text and bytes with themselves", async () => {
-    const raw = await Raw.open(listen(), "echo");
-    assert.equal(await raw.ask("noe\u0308l"), "noe\u0308l");
-    assert.equal(await raw.ask(Uint8Array.of(1, 2, 255)), "0102ff");
-    assert.equal(await raw.ask(""), "");
+describe("the subprotocols", () => {
+  test("echo replies with the same text or bytes", async () => {
+    const client = await RawClient.open(listen(), "echo");
+    assert.equal(await client.ask("noe\u0308l"), "noe\u0308l");
+    assert.equal(await client.ask(Uint8Array.of(1, 2, 255)), "0102ff");
+    assert.equal(await client.ask(""), "");
   });
 
-  test("count counts the seconds for each connection, and starts again on reset", async () => {
+  test("count counts for each connection on its own", async () => {
     const port = listen();
-    const [first, second] = [await Raw.open(port, "count"), await Raw.open(port, "count")];
-    const number = async (raw: Raw) => `${(await raw.nextFrame())?.data}`;
-    assert.deepEqual([await number(first), await number(first)], ["1", "2"]);
-    first.socket.write(encodeFrame(TEXT, "reset"));
-    assert.equal(await number(first), "1");
-    assert.deepEqual([await number(second), await number(second)], ["1", "2"]);
+    const first = await RawClient.open(port, "count");
+    assert.equal(await first.nextText(), "1");
+    const second = await RawClient.open(port, "count");
+    assert.equal(await first.nextText(), "2");
+    assert.equal(await second.nextText(), "1");
   });
 
-  test("1,000 count connections that are reset leave no timer behind", async () => {
-    const program = startEdited(`
-      const timers = new Set<unknown>();
-      const { setInterval: start, clearInterval: stop } = globalThis;
-      globalThis.setInterval = ((...args: Parameters<typeof start>) => {
-        const timer = start(...args);
+  test("count starts again at 1 after the message reset", async () => {
+    const client = await RawClient.open(listen(), "count");
+    assert.equal(await client.nextText(), "1");
+    client.send("reset");
+    const numbers = [await client.nextText(), await client.nextText(), await client.nextText()];
+    assert.ok(numbers.includes("1"), `${numbers}`);
+  });
+
+  /** Counts the running intervals, and the timeouts of a minute; "timers" tells their number. */
+  const timerCounter = `
+    const timers = new Set<unknown>();
+    const native = { setInterval, clearInterval, setTimeout, clearTimeout };
+    Object.assign(globalThis, {
+      setInterval: (callback: () => void, delay: number) => {
+        const timer = native.setInterval(callback, delay);
         timers.add(timer);
         return timer;
-      }) as typeof start;
-      globalThis.clearInterval = (timer) => (timers.delete(timer), stop(timer));
-      subprotocols["timers"] = () => () => String(timers.size);
-    `);
-    const port = await program.port();
-    const asking = await Raw.open(port, "timers");
-    for (let round = 0; round < 10; round++) {
-      const counting = Array.from({ length: 100 }, () => Raw.open(port, "count"));
-      const clients = await Promise.all(counting);
-      if (round === 9) assert.ok(Number(await asking.ask("")) >= 100);
-      for (const { socket } of clients) socket.resetAndDestroy();
-    }
-    await eventually(async () => assert.equal(await asking.ask(""), "0"), "no timers");
+      },
+      setTimeout: (callback: () => void, delay: number) => {
+        const timer = native.setTimeout(callback, delay);
+        if (delay === 60_000) timers.add(timer);
+        return timer;
+      },
+      clearInterval: (timer: number) => {
+        timers.delete(timer);
+        native.clearInterval(timer);
+      },
+      clearTimeout: (timer: number) => {
+        timers.delete(timer);
+        native.clearTimeout(timer);
+      },
+    });
+    subprotocols["timers"] = () => () => String(timers.size);`;
+
+  const timerUses = { "count": "", "on-demand": "delay 60000 x" };
+  for (const [name, message] of Object.entries(timerUses)) {
+    test(`1,000 connections of ${name} leave no timer behind`, async () => {
+      const program = startExtended(timerCounter, ["--quiet"]);
+      const port = await program.port();
+      const counter = await RawClient.open(port, "timers");
+      const countTimers = async () => Number(await counter.ask(""));
+      for (let round = 0; round < 10; round++) {
+        const opening = Array.from({ length: 100 }, () => RawClient.open(port, name));
+        const clients = await Promise.all(opening);
+        for (const client of clients) client.send(message);
+        if (round === 0) {
+          await eventually(async () => assert.equal(await countTimers(), 100), "100 timers");
+        }
+        for (const { socket } of clients) socket.resetAndDestroy();
+      }
+      await eventually(async () => assert.equal(await countTimers(), 0), "no timers");
+    });
+  }
+
+  test("chat sends each message to all members, its sender included", async () => {
+    const port = listen();
+    const members = await Promise.all([1, 2, 3].map(() => RawClient.open(port, "chat")));
+    members[1].send("hello all");
+    for (const member of members) assert.equal(await member.nextText(), "hello all");
   });
 
-  test("chat sends each message to all members, its sender too", async () => {
+  test("chat goes on when a member is cut off", async () => {
     const port = listen();
-    const members = await Promise.all([1, 2, 3].map(() => Raw.open(port, "chat")));
-    members[1].socket.write(encodeFrame(TEXT, "hello all"));
-    for (const member of members) assert.equal(`${(await member.nextFrame())?.data}`, "hello all");
+    const members = await Promise.all([1, 2, 3].map(() => RawClient.open(port, "chat")));
     members[0].socket.resetAndDestroy();
-    members[1].socket.write(encodeFrame(BINARY, Uint8Array.of(7)));
-    assert.deepEqual([...(await members[2].nextFrame())!.data], [7]);
+    members[1].send(Uint8Array.of(7));
+    const frame = await members[2].nextFrame();
+    assert.deepEqual([...frame!.data], [7]);
   });
 
   test("a chat member that does not read is closed with 1008; the others miss nothing", async () => {
     const port = listen({ limits: { unreadBytes: 1024 * 1024 } });
-    const [reading, silent] = [await Raw.open(port, "chat"), await Raw.open(port, "chat")];
+    const reading = await RawClient.open(port, "chat");
+    const silent = await RawClient.open(port, "chat");
     silent.socket.pause();
     const text = "x".repeat(100_000);
     for (let i = 0; i < 300; i++) {
-      assert.equal((await reading.ask(text))?.length, text.length);
+      const copy = await reading.ask(text);
+      assert.equal(copy?.length, text.length);
     }
     silent.socket.resume();
     assert.match(await silent.closeReason(), /^1008 too many unread/);
   });
 
-  const answers: Record<string, string | RegExp> = {
-    "help": /close CODE REASON.*headers, help$/,
-    "what?": /close CODE REASON.*headers, help$/,
+  const commandReplies = {
     "delay 10 hello  you": "hello  you",
-    "delay 60001 x": /at most 60000/,
-    "delay x y": /at most 60000/,
     "repeat 1 hello": "hello",
-    "repeat 99999999 x": /at most \d+ times/,
-    "repeat 1.5 x": /at most \d+ times/,
     "bytes 3": "000000",
     "bytes 0": "",
+  };
+  for (const [command, expected] of Object.entries(commandReplies)) {
+    test(`on-demand replies to "${command}" with "${expected}"`, async () => {
+      const client = await RawClient.open(listen(), "on-demand");
+      assert.equal(await client.ask(command), expected);
+    });
+  }
+
+  const commandHints: Record<string, RegExp> = {
+    "help": /close CODE REASON.*headers, help$/,
+    "what?": /close CODE REASON.*headers, help$/,
+    "delay 60001 x": /at most 60000/,
+    "delay x y": /at most 60000/,
+    "repeat 99999999 x": /at most \d+ times/,
+    "repeat 1.5 x": /at most \d+ times/,
     "bytes 1048577": /at most 1048576/,
     "bytes -1": /at most 1048576/,
     "bytes 99999999999999999999": /at most 1048576/,
@@ -707,219 +914,217 @@ describe("subprotocols", () => {
     "close now": /1000 to 1003, 1007 to 1014 or 3000 to 4999/,
     [`close 4000 ${"é".repeat(62)}`]: /at most 123 bytes/,
   };
-  for (const [command, expected] of Object.entries(answers)) {
-    test(`on-demand answers "${command.slice(0, 30)}" in one line`, async () => {
-      const raw = await Raw.open(listen(), "on-demand");
-      const reply = await raw.ask(command);
-      if (typeof expected === "string") assert.equal(reply, expected);
-      else assert.match(reply!, expected);
+  for (const [command, hint] of Object.entries(commandHints)) {
+    test(`on-demand explains what it cannot do: "${command.slice(0, 30)}"`, async () => {
+      const client = await RawClient.open(listen(), "on-demand");
+      const reply = await client.ask(command);
+      assert.match(reply!, hint);
       assert.doesNotMatch(reply!, /\n/);
     });
   }
 
   for (const code of [1000, 1003, 1007, 1014, 3000, 4999]) {
-    test(`on-demand closes with ${code} and the reason`, async () => {
-      const raw = await Raw.open(listen(), "on-demand");
-      raw.socket.write(encodeFrame(TEXT, `close ${code} bye bye`));
-      assert.equal(await raw.closeReason(), `${code} bye bye`);
+    test(`on-demand closes the connection with ${code} and the reason asked for`, async () => {
+      const client = await RawClient.open(listen(), "on-demand");
+      client.send(`close ${code} bye bye`);
+      assert.equal(await client.closeReason(), `${code} bye bye`);
     });
   }
 
-  test("on-demand repeats a text as often as it is told", async () => {
+  test("on-demand repeats a text as often as it is asked to", async () => {
     const socket = await connect(listen(), "on-demand");
-    const replies = collect(socket, 1000);
+    const received = collect(socket, 1000);
     socket.send("repeat 1000 hello");
-    assert.deepEqual(new Set(await replies), new Set(["hello"]));
+    assert.deepEqual(new Set(await received), new Set(["hello"]));
   });
 
-  test("on-demand sends no delayed message after the end, and limits those that wait", async () => {
-    const port = listen();
-    const raw = await Raw.open(port, "on-demand");
-    for (let i = 0; i < 100; i++) raw.socket.write(encodeFrame(TEXT, "delay 60000 x"));
-    assert.match(`${(await raw.nextFrame())?.data}`, /^delay .*already$/);
-    raw.socket.write(encodeFrame(TEXT, "close 4000"));
-    while ((await raw.nextFrame())?.opcode !== CLOSE);
-    await assertServes(port);
+  test("on-demand limits how much text a client can delay at a time", async () => {
+    const client = await RawClient.open(listen(), "on-demand");
+    client.send(...Array(100).fill("delay 60000 x"));
+    assert.match((await client.nextText())!, /^delay .*already$/);
   });
 
-  test("on-demand shows the handshake as the server got it", async () => {
-    const raw = Raw.to(listen());
+  test("on-demand shows the handshake as it arrived", async () => {
     const headers = { "Sec-WebSocket-Protocol": "on-demand", "X-Forwarded-For": "192.0.2.1" };
-    raw.socket.write(handshake(headers, "GET /a/path?query HTTP/1.1"));
-    assert.equal((await raw.nextResponse())?.status, 101);
-    const shown = JSON.parse((await raw.ask("headers"))!);
+    const text = handshake(headers, "GET /a/path?query HTTP/1.1");
+    const client = await RawClient.openWith(listen(), text);
+    const shown = JSON.parse((await client.ask("headers"))!);
     assert.equal(shown.request, "GET /a/path?query HTTP/1.1");
     assert.equal(shown.headers["x-forwarded-for"], "192.0.2.1");
-    assert.equal(shown.address, `127.0.0.1:${raw.socket.localPort}`);
+    assert.equal(shown.address, client.address);
   });
 
   test("all subprotocols work side by side on one port", async () => {
     const port = listen();
-    const [reversing, echoing] = [await Raw.open(port), await Raw.open(port, "echo")];
-    const counting = await Raw.open(port, "count");
+    const reversing = await RawClient.open(port);
+    const echoing = await RawClient.open(port, "echo");
+    const counting = await RawClient.open(port, "count");
     assert.equal(await echoing.ask("hello"), "hello");
     assert.equal(await reversing.ask("hello"), "olleh");
-    assert.equal(`${(await counting.nextFrame())?.data}`, "1");
+    assert.equal(await counting.nextText(), "1");
+  });
+});
+
+describe("writing a subprotocol", () => {
+  test("a subprotocol without a handler sends no replies, and pings still get a pong", async () => {
+    const client = await RawClient.open(listenWith(() => {}), "added");
+    client.send("x");
+    client.socket.write(encodeFrame(PING, "alive"));
+    assert.equal((await client.nextFrame())?.opcode, PONG);
   });
 
-  test("a subprotocol that returns nothing gets no messages and sends no replies", async () => {
-    const raw = await Raw.open(listenWith(() => {}), "added");
-    raw.socket.write(Buffer.concat([encodeFrame(TEXT, "x"), encodeFrame(PING, "alive")]));
-    assert.equal((await raw.nextFrame())?.opcode, PONG);
-  });
-
-  test("a subprotocol may speak first and close, and hears of the end once", async () => {
-    let ends = 0;
+  test("a subprotocol can send text and bytes before the client sends anything", async () => {
     const port = listenWith((connection) => {
-      connection.onclose = () => void ends++;
       connection.send("hello");
       connection.send(Uint8Array.of(1, 2));
-      return () => {
-        connection.close(4000, "that is all");
-        connection.send("too late");
-      };
     });
-    const raw = await Raw.open(port, "added");
-    assert.equal(`${(await raw.nextFrame())?.data}`, "hello");
-    assert.deepEqual([...(await raw.nextFrame())!.data], [1, 2]);
-    raw.socket.write(encodeFrame(TEXT, "bye"));
-    assert.equal(await raw.closeReason(), "4000 that is all");
-    raw.socket.write(closeFrame(4000));
-    await once(raw.socket, "close");
-    assert.equal(ends, 1);
+    const client = await RawClient.open(port, "added");
+    assert.equal(await client.nextText(), "hello");
+    assert.deepEqual([...(await client.nextFrame())!.data], [1, 2]);
   });
 
-  test("a subprotocol may close a connection as it opens, and hears of that end", async () => {
-    let ends = 0;
+  test("what a subprotocol sends after close() does not arrive", async () => {
+    const port = listenWith((connection) => {
+      connection.close(4000, "that is all");
+      connection.send("too late");
+    });
+    const client = await RawClient.open(port, "added");
+    const frame = await client.nextFrame();
+    assert.equal(frame?.opcode, CLOSE);
+    assert.equal(frame.data.toString("utf8", 2), "that is all");
+  });
+
+  test("onclose is called once, though the server closes and the client answers", async () => {
+    let calls = 0;
+    const port = listenWith((connection) => {
+      connection.onclose = () => void calls++;
+      return () => connection.close(4000, "that is all");
+    });
+    const client = await RawClient.open(port, "added");
+    client.send("bye");
+    assert.equal(await client.closeReason(), "4000 that is all");
+    client.socket.write(closeFrame(4000));
+    await once(client.socket, "close");
+    assert.equal(calls, 1);
+  });
+
+  test("onclose is called even if it is set after close()", async () => {
+    let calls = 0;
     const port = listenWith((connection) => {
       connection.close(4001, "not today");
-      connection.onclose = () => void ends++;
+      connection.onclose = () => void calls++;
     });
-    assert.equal(await (await Raw.open(port, "added")).closeReason(), "4001 not today");
-    assert.equal(ends, 1);
+    const client = await RawClient.open(port, "added");
+    assert.equal(await client.closeReason(), "4001 not today");
+    assert.equal(calls, 1);
   });
 
-  test("a subprotocol gets no message after it has closed", async () => {
+  test("a subprotocol gets no message after it has closed the connection", async () => {
     let calls = 0;
     const port = listenWith((connection) => () => {
       calls++;
       connection.close();
     });
-    const raw = await Raw.open(port, "added");
-    raw.socket.write(Buffer.concat(Array(100).fill(encodeFrame(TEXT, "x"))));
-    await raw.closeReason();
+    const client = await RawClient.open(port, "added");
+    client.send(...Array(100).fill("x"));
+    await client.closeReason();
     assert.equal(calls, 1);
   });
 
-  for (
-    const [code, reason] of [
-      [999, ""],
-      [1004, ""],
-      [1005, ""],
-      [1006, ""],
-      [1015, ""],
-      [
-        2000,
-        "",
-      ],
-      [5000, ""],
-      [1000.5, ""],
-      [1000, "é".repeat(62)],
-    ] as const
-  ) {
-    test(`connection.close(${code}) with ${reason.length} characters is a RangeError`, async () => {
-      const failure = Promise.withResolvers<unknown>();
+  const illegalCloseCodes = [999, 1004, 1005, 1006, 1015, 2000, 5000, 1000.5];
+  const illegalCloses: [string, number, string][] = [
+    ...illegalCloseCodes.map((code): [string, number, string] => [`code ${code}`, code, ""]),
+    ["a reason of 124 bytes", 1000, "é".repeat(62)],
+  ];
+  for (const [what, code, reason] of illegalCloses) {
+    test(`connection.close with ${what} throws a RangeError`, async () => {
+      const { promise, resolve } = Promise.withResolvers<unknown>();
       const port = listenWith((connection) => {
         try {
           connection.close(code, reason);
-          failure.resolve(undefined);
+          resolve("nothing was thrown");
         } catch (error) {
-          failure.resolve(error);
+          resolve(error);
         }
       });
-      await Raw.open(port, "added");
-      assert.ok(await failure.promise instanceof RangeError);
+      await RawClient.open(port, "added");
+      assert.ok(await promise instanceof RangeError);
     });
   }
 });
 
 // ---- Messages -----------------------------------------------------------------------------------
 
-const texts: Record<string, [string, string]> = {
-  "ASCII": ["Hello, world!", "!dlrow ,olleH"],
-  "a combining tilde": ["man\u0303ana", "anan\u0303am"],
-  "flags": ["🇩🇪🇫🇷", "🇫🇷🇩🇪"],
-  "a family": ["a👨‍👩‍👧‍👦b", "b👨‍👩‍👧‍👦a"],
-  "keycaps": ["1️⃣2️⃣", "2️⃣1️⃣"],
-  "skin tones": ["👋🏽👍🏿", "👍🏿👋🏽"],
-  "Hangul jamo": ["\u1112\u1161\u11ab\u1100\u1173\u11af", "\u1100\u1173\u11af\u1112\u1161\u11ab"],
-  "a Devanagari conjunct": ["क्षि!", "!क्षि"],
-  "CR LF": ["a\r\nb", "b\r\na"],
-  "CR LF in a long text": [`${"x".repeat(50)}\r\ny`, `y\r\n${"x".repeat(50)}`],
-  "LF CR": ["a\n\rb", "b\r\na"],
-  "U+FEFF in front": ["\ufeffab", "ba\ufeff"],
-  "U+FEFF at the end": ["ab\ufeff", "\ufeffba"],
-  "NUL and controls": ["\0a\x1b\x7f", "\x7f\x1ba\0"],
-  "nothing": ["", ""],
-};
-
-describe("reverse", () => {
+describe("reversing", () => {
   const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
-  const clusters = (text: string) =>
-    [...segmenter.segment(text)].map(({ segment }) => segment).reverse().join("");
+
+  /** What `reverse` is meant to give. */
+  const reverseSegments = (text: string) =>
+    Array.from(segmenter.segment(text), ({ segment }) => segment).reverse().join("");
+
+  const assertReversed = (text: string) =>
+    assert.equal(reverse(text), reverseSegments(text), JSON.stringify(text));
+
+  // The first eight are plain; the others form clusters, or halves of them.
   const pieces = [
     ..."aZ 0.\n\r\tßéж中あ한",
     "\r\n",
     ..."\u0301\u200d\ufe0f\u20e3\ufeff\u1112\u1161\u11ab\u0915\u094d\u0600\u0e33\u2028",
     ...["🇩", "🇪", "👩", "🏽", "👨‍👩‍👧", "1️⃣", "𝒳", "क्षि", "\ud800", "\udc00"],
   ];
-  const next = randomNumbers(7);
-  const mixed = (length: number) =>
-    Array.from({ length }, () => pieces[next(next(3) ? pieces.length : 8)]).join("");
-  const ascii = (length: number) => String.fromCharCode(...Array.from({ length }, () => next(128)));
+  const random = randomNumbers(7);
+  const randomPiece = () => pieces[random(random(3) ? pieces.length : 8)];
+  const randomText = (length: number) => Array.from({ length }, randomPiece).join("");
+  const randomAscii = (length: number) =>
+    String.fromCharCode(...Array.from({ length }, () => random(128)));
 
-  test("gives the clusters of Intl.Segmenter in reverse order, on random mixes", () => {
-    for (let i = 0; i < 3000; i++) {
-      const text = mixed(next(40));
-      assert.equal(reverse(text), clusters(text), JSON.stringify(text));
-    }
+  test("random texts come out as Intl.Segmenter's clusters in reverse order", () => {
+    for (let i = 0; i < 3000; i++) assertReversed(randomText(random(40)));
   });
 
-  test("does so for all lengths from 0 to 200", () => {
+  test("texts of every length from 0 to 200 are reversed by clusters", () => {
     for (let length = 0; length <= 200; length++) {
-      // U+FFFF leaves bytes behind that must not be seen again.
-      const texts = ["\uffff".repeat(length + 8), ascii(length), mixed(length)];
-      for (const text of [...texts, "x".repeat(length) + "é\u0301"]) {
-        assert.equal(reverse(text), clusters(text), JSON.stringify(text));
-      }
+      assertReversed("\uffff".repeat(length + 8)); // leaves bytes that must not be seen again
+      assertReversed(randomAscii(length));
+      assertReversed(randomText(length));
+      assertReversed(`${"x".repeat(length)}é\u0301`);
     }
   });
 
-  test("does so for large texts, even larger than a message may be", () => {
-    const huge = ["ab", "aé"].map((text) => text.repeat(limits.messageBytes / 2 + 5));
-    const large = [mixed(40_000), "ab\r\ncdefg".repeat(9_000), ascii(30_000)];
-    for (const text of [...huge, ...large, mixed(3)]) {
-      assert.ok(reverse(text) === clusters(text));
+  test("large texts are reversed by clusters, even larger ones than a message may be", () => {
+    const texts = [
+      "ab".repeat(limits.messageBytes / 2 + 5),
+      "aé".repeat(limits.messageBytes / 2 + 5),
+      "ab\r\ncdefg".repeat(9_000),
+      randomText(40_000),
+      randomAscii(30_000),
+      randomText(3),
+    ];
+    for (const text of texts) {
+      const isEqual = reverse(text) === reverseSegments(text); // a diff of them would take minutes
+      assert.ok(
+        isEqual,
+        `${text.length} units that begin with ${JSON.stringify(text.slice(0, 20))}`,
+      );
     }
   });
 
-  const unicode = "/usr/share/unicode/auxiliary/GraphemeBreakTest.txt"; // Debian's unicode-data
-  test("does so for each line of Unicode's GraphemeBreakTest, and for two in a row", () => {
-    const lines = readFileSync(unicode, "utf8").matchAll(/^(÷[^#\n]*)/gm);
-    const texts = [...lines].map(([line]) =>
-      String.fromCodePoint(
-        ...Array.from(line.matchAll(/[0-9A-F]+/g), ([code]) => parseInt(code, 16)),
-      )
-    );
+  const breakTest = "/usr/share/unicode/auxiliary/GraphemeBreakTest.txt";
+  test("each line of Unicode's GraphemeBreakTest is reversed by clusters", () => {
+    const lines = readFileSync(breakTest, "utf8").matchAll(/^(÷[^#\n]*)/gm);
+    const texts = Array.from(lines, ([line]) => {
+      const codes = Array.from(line.matchAll(/[0-9A-F]+/g), ([code]) => parseInt(code, 16));
+      return String.fromCodePoint(...codes);
+    });
     assert.ok(texts.length > 500);
     for (const [i, text] of texts.entries()) {
-      for (const mixed of [text, `é${text}ж`, text + texts[next(i + 1)]]) {
-        assert.equal(reverse(mixed), clusters(mixed), JSON.stringify(mixed));
-      }
+      assertReversed(text);
+      assertReversed(`é${text}ж`);
+      assertReversed(text + texts[random(i + 1)]);
     }
-  }, without(unicode, existsSync(unicode)));
+  }, without(breakTest, existsSync(breakTest), "apt-get install unicode-data"));
 
-  test("leaves the bytes it is given as they are", () => {
+  test("reversing bytes leaves the given bytes unchanged", () => {
     const bytes = Uint8Array.of(1, 2, 3);
     assert.deepEqual([...reverse(bytes) as Uint8Array], [3, 2, 1]);
     assert.deepEqual([...bytes], [1, 2, 3]);
@@ -927,149 +1132,253 @@ describe("reverse", () => {
 });
 
 describe("messages", () => {
-  for (const [what, [text, reversed]] of Object.entries(texts)) {
-    test(`text with ${what} comes back reversed, as text`, async () => {
-      assert.deepEqual(await replies(await connect(listen()), [text]), [reversed]);
+  const reversedTexts: Record<string, [string, string]> = {
+    "ASCII": ["Hello, world!", "!dlrow ,olleH"],
+    "a combining tilde": ["man\u0303ana", "anan\u0303am"],
+    "flags": ["🇩🇪🇫🇷", "🇫🇷🇩🇪"],
+    "a family": ["a👨‍👩‍👧‍👦b", "b👨‍👩‍👧‍👦a"],
+    "keycaps": ["1️⃣2️⃣", "2️⃣1️⃣"],
+    "skin tones": ["👋🏽👍🏿", "👍🏿👋🏽"],
+    "Hangul jamo": ["\u1112\u1161\u11ab\u1100\u1173\u11af", "\u1100\u1173\u11af\u1112\u1161\u11ab"],
+    "a Devanagari conjunct": ["क्षि!", "!क्षि"],
+    "CR LF": ["a\r\nb", "b\r\na"],
+    "CR LF behind 50 letters": [`${"x".repeat(50)}\r\ny`, `y\r\n${"x".repeat(50)}`],
+    "LF CR": ["a\n\rb", "b\r\na"],
+    "U+FEFF at the beginning": ["\ufeffab", "ba\ufeff"],
+    "U+FEFF at the end": ["ab\ufeff", "\ufeffba"],
+    "control characters": ["\0a\x1b\x7f", "\x7f\x1ba\0"],
+    "no characters": ["", ""],
+  };
+  for (const [what, [text, reversed]] of Object.entries(reversedTexts)) {
+    test(`a text with ${what} comes back reversed, as text`, async () => {
+      const socket = await connect(listen());
+      assert.deepEqual(await replies(socket, [text]), [reversed]);
     });
   }
 
-  for (const bytes of [[], [0], [1, 2, 255], Array(70_000).fill(0).map((_, i) => i & 255)]) {
-    test(`${bytes.length} bytes come back reversed, as bytes`, async () => {
-      const [reply] = await replies(await connect(listen()), [Uint8Array.from(bytes)]);
+  for (const bytes of [[], [0], [1, 2, 255], Array.from({ length: 70_000 }, (_, i) => i & 255)]) {
+    test(`a binary message of length ${bytes.length} comes back reversed, as bytes`, async () => {
+      const socket = await connect(listen());
+      const [reply] = await replies(socket, [Uint8Array.from(bytes)]);
       assert.ok(reply instanceof ArrayBuffer);
       assert.deepEqual([...new Uint8Array(reply)], bytes.toReversed());
     });
   }
 
-  test("empty ones have empty replies of the same kind, each in one frame", async () => {
-    const raw = await Raw.open(listen());
-    for (const opcode of [TEXT, BINARY]) {
-      raw.socket.write(encodeFrame(opcode));
-      assert.deepEqual(await raw.nextFrame(), { fin: true, opcode, data: Buffer.alloc(0) });
-    }
-  });
-
-  for (const [opcode, reply] of [[TEXT, "zéyx"], [BINARY, "7aa9c37978"]] as const) {
-    test(`in fragments with a ping between are one message (opcode ${opcode})`, async () => {
-      const raw = await Raw.open(listen());
-      raw.socket.write(encodeFrame(opcode, "x", false));
-      raw.socket.write(encodeFrame(CONTINUATION, Buffer.from("yé").subarray(0, 2), false));
-      raw.socket.write(encodeFrame(PING, "alive?"));
-      const pong = await raw.nextFrame();
-      assert.deepEqual([pong?.opcode, `${pong?.data}`], [PONG, "alive?"]);
-      raw.socket.write(encodeFrame(CONTINUATION, "", false));
-      raw.socket.write(encodeFrame(CONTINUATION, Buffer.from("éz").subarray(1), true));
-      const { data, opcode: kind } = (await raw.nextFrame())!;
-      assert.deepEqual([kind, data.toString(opcode === TEXT ? "utf8" : "hex")], [opcode, reply]);
+  for (const [kind, opcode] of [["text", TEXT], ["binary", BINARY]] as const) {
+    test(`an empty ${kind} message gets an empty ${kind} reply in one frame`, async () => {
+      const client = await RawClient.open(listen());
+      client.socket.write(encodeFrame(opcode));
+      assert.deepEqual(await client.nextFrame(), { fin: true, opcode, data: Buffer.alloc(0) });
     });
   }
 
-  test("31,000 one after the other are all answered", async () => {
-    const raw = await Raw.open(await startProgram(["--port", "0", "--quiet"]).port());
-    for (let i = 0; i < 31_000; i++) assert.equal(await raw.ask("abc"), "cba", `message ${i}`);
+  for (
+    const [kind, opcode, reply] of [["text", TEXT, "zéyx"], ["binary", BINARY, "zyx"]] as const
+  ) {
+    test(`a ${kind} message in fragments with a ping between them is one message`, async () => {
+      const message = Buffer.from(opcode === TEXT ? "xyéz" : "xyz");
+      const client = await RawClient.open(listen());
+      client.socket.write(encodeFrame(opcode, message.subarray(0, 1), false));
+      client.socket.write(encodeFrame(CONTINUATION, message.subarray(1, 3), false)); // half an é
+      client.socket.write(encodeFrame(PING, "alive?"));
+      const pong = await client.nextFrame();
+      assert.equal(pong?.opcode, PONG);
+      assert.equal(`${pong.data}`, "alive?");
+      client.socket.write(encodeFrame(CONTINUATION, "", false));
+      client.socket.write(encodeFrame(CONTINUATION, message.subarray(3)));
+      const frame = await client.nextFrame();
+      assert.equal(frame?.opcode, opcode);
+      assert.equal(`${frame.data}`, reply);
+    });
+  }
+
+  // Forgotten replies would add up to more than unreadBytes.
+  test("a client that waits for each reply can send any number of messages", async () => {
+    const client = await RawClient.open(listen({ limits: { unreadBytes: 100_000 } }));
+    for (let i = 0; i < 2000; i++) assert.equal(await client.ask("abc"), "cba", `message ${i}`);
   });
 
-  test("on Bun, 31,000 empty ones one after the other are all answered", async () => {
-    const raw = await Raw.open(await startProgram(["--port", "0", "--quiet"]).port());
-    for (let i = 0; i < 31_000; i++) assert.equal(await raw.ask(""), "", `message ${i}`);
+  test("a client that waits for each reply can send any number of empty messages", async () => {
+    const client = await RawClient.open(listen({ limits: { unreadBytes: 100_000 } }));
+    for (let i = 0; i < 2000; i++) assert.equal(await client.ask(""), "", `message ${i}`);
   }, onDeno && "Deno does not tell whether empty messages have left");
 
-  test("1,000 at once are answered in order", async () => {
+  test("1,000 messages at once are answered in order", async () => {
     const messages = Array.from({ length: 1000 }, (_, n) => `message ${n}`);
     const expected = messages.map((message) => reverse(message));
     assert.deepEqual(await replies(await connect(listen()), messages), expected);
   });
 
-  test("20,000 at once, to a client that reads, lose none", async () => {
+  test("20,000 messages at once from a client that reads are all answered", async () => {
     const messages = Array.from({ length: 20_000 }, (_, n) => `${n}`);
-    const port = await startProgram(["--port", "0", "--quiet"]).port();
-    const received = await replies(await connect(port), messages);
+    const received = await replies(await connect(await listenSeparately()), messages);
     assert.ok(received.every((reply, n) => reply === reverse(`${n}`)));
   });
 
-  test("of twenty clients are answered each to its own", async () => {
+  test("each of twenty clients at once gets the replies to its own messages", async () => {
     const port = listen();
-    await Promise.all(Array.from({ length: 20 }, async (_, n) => {
+    const clients = Array.from({ length: 20 }, async (_, n) => {
       const messages = Array.from({ length: 50 }, (_, i) => `${n}:${i}`);
       const received = await replies(await connect(port), messages);
       assert.deepEqual(received, messages.map((message) => reverse(message)));
-    }));
+    });
+    await Promise.all(clients);
   });
 
-  test("a ping is answered with its data", async () => {
-    const raw = await Raw.open(listen());
-    raw.socket.write(encodeFrame(PING, "p".repeat(125)));
-    const { opcode, data } = (await raw.nextFrame())!;
-    assert.deepEqual([opcode, `${data}`], [PONG, "p".repeat(125)]);
+  test("a ping is answered with a pong that has the same data", async () => {
+    const client = await RawClient.open(listen());
+    client.socket.write(encodeFrame(PING, "p".repeat(125)));
+    const frame = await client.nextFrame();
+    assert.equal(frame?.opcode, PONG);
+    assert.equal(`${frame.data}`, "p".repeat(125));
   });
 
-  test("a close is answered with its code, and ends the connection", async () => {
-    const raw = await Raw.open(listen());
-    raw.socket.write(closeFrame(1000));
-    assert.match(await raw.closeReason(), /^1000 /);
-    await until(raw.socket, () => undefined);
+  test("a close frame is answered with its code, and the TCP connection ends", async () => {
+    const client = await RawClient.open(listen());
+    client.socket.write(closeFrame(1000));
+    assert.match(await client.closeReason(), /^1000 /);
+    await until(client.socket, () => undefined);
   });
 });
 
-// ---- Console and options ------------------------------------------------------------------------
+// ---- The log and options ------------------------------------------------------------------------
 
-describe("the console", () => {
-  test("tells of connections, messages and replies", async () => {
+/**
+ * A program whose log does not go on by itself: a tenth of a second, the unit in which the log counts
+ * its lines, ends only when a client of the subprotocol "next-tenth" asks for it. The server prints
+ * nothing else with a timer of 100 ms.
+ */
+const programWithStoppedClock = (isQuiet: boolean) => `
+  const { setTimeout } = globalThis;
+  const tenths = [];
+  globalThis.setTimeout = (callback, delay, ...args) =>
+    delay === 100 ? tenths.push(callback) : setTimeout(callback, delay, ...args);
+  const { serve, subprotocols } = await import("./server.ts");
+  subprotocols["fails"] = () => () => { throw new Error("on purpose"); };
+  subprotocols["next-tenth"] = () => () => {
+    for (const endTenth of tenths.splice(0)) endTenth();
+  };
+  const { port } = serve({ port: 0, quiet: ${isQuiet} });
+  console.log("Listening on http://localhost:" + port + "/");
+`;
+
+/** Starts such a program; returns it with its port and a function that ends a tenth of a second. */
+async function startWithStoppedClock(isQuiet: boolean) {
+  const program = startOwnProgram(programWithStoppedClock(isQuiet));
+  const port = await program.port();
+  const clock = await RawClient.open(port, "next-tenth");
+  return { program, port, endTenth: () => clock.send("") };
+}
+
+describe("the log", () => {
+  test("connections, messages and replies are logged in their order", async () => {
     const program = startProgram(["--port", "0"]);
-    const raw = await Raw.open(await program.port());
-    const peer = `127.0.0.1:${raw.socket.localPort}`;
-    for (const message of ["Hello, world!", "", Uint8Array.of(1, 2, 3)]) await raw.ask(message);
-    raw.socket.write(closeFrame(1000));
+    const client = await RawClient.open(await program.port());
+    const { address } = client;
+    for (const message of ["Hello, world!", "", Uint8Array.of(1, 2, 3)]) await client.ask(message);
+    client.socket.write(closeFrame(1000));
     await program.prints(/^closed: /m);
     assert.deepEqual(program.out.trimEnd().split("\n").slice(1), [
-      `connected: ${peer}, ${NAME}`,
+      `connected: ${address}, ${NAME}`,
       "received data: Hello, world!, replying: !dlrow ,olleH",
       "received data: , replying: ",
       "received data: 3 bytes, replying: 3 bytes",
-      `closed: ${peer}, code 1000`,
+      `closed: ${address}, code 1000`,
     ]);
     assert.equal(program.err, "");
   });
 
-  test("tells of a client that is gone without a word", async () => {
+  test("messages that a subprotocol sends by itself are logged after their cause", async () => {
     const program = startProgram(["--port", "0"]);
-    const raw = await Raw.open(await program.port());
-    raw.socket.resetAndDestroy();
-    await program.prints(/^closed: 127\.0\.0\.1:\d+, code 1006$/m);
-  });
-
-  test("shows controls of client text escaped, and 80 characters at most", async () => {
-    const program = startProgram(["--port", "0"]);
-    const raw = await Raw.open(await program.port());
-    for (const message of ["\x1b[2J\r\n\x9b\u202e\u2028", "x".repeat(81), "😀".repeat(90), "end"]) {
-      await raw.ask(message);
-    }
-    await program.prints(/replying: dne$/m);
-    const received = program.out.split("\n").filter((line) => line.startsWith("received data: "));
-    assert.deepEqual(received.slice(0, 3), [
-      "received data: \\u001b[2J\\u000d\\u000a\\u009b\\u202e\\u2028, " +
-      "replying: \\u2028\\u202e\\u009b\\u000d\\u000aJ2[\\u001b",
-      ...[["x".repeat(80), 81], ["😀".repeat(80), 180]].map(([start, length]) =>
-        `received data: ${start}… (length ${length}), replying: ${start}… (length ${length})`
-      ),
+    const client = await RawClient.open(await program.port(), "on-demand");
+    const { address } = client;
+    client.send("repeat 2 hello", "close 4001 bye");
+    await program.prints(/^closed: /m);
+    assert.deepEqual(program.out.trimEnd().split("\n").slice(2), [
+      "received data: repeat 2 hello, replying: (nothing)",
+      "sending data: hello",
+      "sending data: hello",
+      "received data: close 4001 bye, replying: (nothing)",
+      `closed: ${address}, code 4001`,
     ]);
   });
 
-  test("shows what a person can read, and counts the lines left out", async () => {
+  test("a client that resets its connection is logged as closed with code 1006", async () => {
     const program = startProgram(["--port", "0"]);
-    const socket = await connect(await program.port());
-    await replies(socket, Array(10_000).fill("x".repeat(100)));
-    socket.close();
-    await eventually(async () => {
-      await sleep(0);
-      const shown = program.out.match(/^(connected|received data|closed): .*$/gm) ?? [];
-      const left = [...program.out.matchAll(/^\((\d+) more lines\)$/gm)];
-      assert.ok(left.length > 0);
-      assert.equal(left.reduce((sum, [, n]) => sum + Number(n), shown.length), 10_002);
-    }, "all lines");
+    const client = await RawClient.open(await program.port());
+    client.socket.resetAndDestroy();
+    await program.prints(/^closed: 127\.0\.0\.1:\d+, code 1006$/m);
   });
 
-  test("with --quiet says only where it listens", async () => {
+  test("a refused handshake is logged with the reason", async () => {
+    const program = startProgram(["--port", "0"]);
+    await request(await program.port(), handshake({ "Sec-WebSocket-Protocol": [] }));
+    await program.prints(/^refused: 127\.0\.0\.1:\d+, 400, Sec-WebSocket-Protocol must offer/m);
+  });
+
+  const shownTexts: Record<string, [string, string]> = {
+    "control characters as escapes": ["\x1b[2J\r\n\x9b", "\\u001b[2J\\u000d\\u000a\\u009b"],
+    "line separators and bidi controls as escapes": ["\u2028\u202e", "\\u2028\\u202e"],
+    "80 letters of a longer text": ["x".repeat(81), `${"x".repeat(80)}… (length 81)`],
+    "80 emoji of a longer text": ["😀".repeat(90), `${"😀".repeat(80)}… (length 180)`],
+  };
+  for (const [what, [text, shown]] of Object.entries(shownTexts)) {
+    test(`the log shows ${what}`, async () => {
+      const program = startProgram(["--port", "0"]);
+      const client = await RawClient.open(await program.port(), "echo");
+      await client.ask(text);
+      const [, received] = await program.prints(/^received data: (.*)$/m);
+      assert.equal(received, `${shown}, replying: ${shown}`);
+    });
+  }
+
+  test("of a flood of messages, 100 lines are logged in 0.1 s and the rest is counted", async () => {
+    const { program, port, endTenth } = await startWithStoppedClock(false);
+    const client = await RawClient.open(port);
+    for (let i = 0; i < 250; i++) await client.ask("x");
+    endTenth();
+    await program.prints(/^\(152 more lines\)$/m); // 2 connections and 250 messages were to be logged
+    const [firstTenth] = program.out.split("(152 more lines)");
+    assert.equal(firstTenth.match(/^(connected|received data): /gm)?.length, 100);
+  });
+
+  test("of a flood of refused handshakes, all are answered and 100 lines are logged", async () => {
+    const { program, port, endTenth } = await startWithStoppedClock(false);
+    for (let i = 0; i < 150; i++) {
+      const { status } = await request(port, handshake({ "Sec-WebSocket-Version": "8" }));
+      assert.equal(status, 426);
+    }
+    endTenth();
+    await program.prints(/^\(51 more lines\)$/m); // the connection that stops the clock is one, too
+  });
+
+  test("of a flood of failures, 100 are reported in 0.1 s and the rest is counted", async () => {
+    const { program, port, endTenth } = await startWithStoppedClock(true);
+    const opening = Array.from({ length: 300 }, () => RawClient.open(port, "fails"));
+    for (const client of await Promise.all(opening)) {
+      client.send("x");
+      assert.match(await client.closeReason(), /^1011 /);
+    }
+    endTenth();
+    await program.reports(/^\(200 more lines\)$/m);
+    assert.equal(program.err.match(/^failed: /gm)?.length, 100);
+  });
+
+  test("each line goes through console.log, where Deno Deploy and debuggers see it", async () => {
+    const program = startOwnProgram(`
+      const { log } = console;
+      console.log = (line) => log("console.log got", line);
+      const { serve } = await import("./server.ts");
+      const { port } = serve({ port: 0 });
+      log("Listening on http://localhost:" + port + "/");
+    `);
+    const client = await RawClient.open(await program.port());
+    await client.ask("abc");
+    await program.prints(/^console\.log got received data: abc, replying: cba$/m);
+  });
+
+  test("with --quiet, only the line that says where the server listens is printed", async () => {
     const program = startProgram(["--port", "0", "--quiet"]);
     const port = await program.port();
     await assertServes(port);
@@ -1079,53 +1388,31 @@ describe("the console", () => {
     assert.equal(program.err, "");
   });
 
-  test("names the reason of a refused handshake", async () => {
-    const program = startProgram(["--port", "0"]);
-    await request(await program.port(), handshake({ "Sec-WebSocket-Protocol": [] }));
-    await program.prints(/^refused: 127\.0\.0\.1:\d+, 400, Sec-WebSocket-Protocol must offer/m);
-  });
-
-  test("shows what is sent unasked, after the message that causes it", async () => {
-    const program = startProgram(["--port", "0"]);
-    const raw = await Raw.open(await program.port(), "on-demand");
-    const { localPort } = raw.socket;
-    raw.socket.write(encodeFrame(TEXT, "repeat 2 hello"));
-    raw.socket.write(encodeFrame(TEXT, "close 4001 bye"));
-    await program.prints(/^closed: /m);
-    assert.deepEqual(program.out.trimEnd().split("\n").slice(2), [
-      "received data: repeat 2 hello, replying: (nothing)",
-      "sending data: hello",
-      "sending data: hello",
-      "received data: close 4001 bye, replying: (nothing)",
-      `closed: 127.0.0.1:${localPort}, code 4001`,
-    ]);
-  });
-
-  test("shows at most 100 lines in a tenth of a second", async () => {
-    const program = startProgram(["--port", "0"]);
-    const socket = await connect(await program.port());
-    const start = performance.now();
-    await replies(socket, Array(10_000).fill("x"));
-    const tenths = Math.ceil((performance.now() - start) / 100) + 1;
-    const shown = program.out.match(/^received data: /gm)?.length ?? 0;
-    assert.ok(shown <= 100 * tenths, `${shown} lines in ${tenths} tenths of a second`);
-  });
-
-  test("on a full disk does not end the server", async () => {
-    const args = [process.execPath, ...runtimeArgs, join(here, "server.ts")];
+  test("a server whose log is on a full disk serves, refuses and stops as ever", async () => {
     const { port, stop } = serve({ port: 0, quiet: true });
-    await stop(); // so the port is free
-    const shell = ["-c", 'exec "$@" >/dev/full 2>&1', "sh", ...args, "--port", `${port}`];
-    const program = new Program("sh", shell);
+    await stop(); // the port is free now
+    const server = [process.execPath, ...runtimeArgs, join(here, "server.ts"), "--port", `${port}`];
+    const program = new Program("sh", ["-c", 'exec "$@" >/dev/full 2>&1', "sh", ...server]);
     await eventually(() => assertServes(port), "it serves");
+    const { status } = await request(port, handshake({ "Sec-WebSocket-Version": "8" }));
+    assert.equal(status, 426);
     program.signal("SIGTERM");
     assert.equal(await program.exitStatus(), 0);
-  }, process.platform !== "linux" && "for Linux");
+  }, !onLinux && "only Linux has /dev/full");
 });
 
-describe("options", () => {
-  const absent = join(here, "absent.pem"), wrongFile = join(here, "index.html");
-  const wrong: [string[], RegExp, Record<string, string>?][] = [
+describe("the command line", () => {
+  const absent = join(here, "absent.pem");
+  const wrongFile = join(here, "index.html");
+  const wrongOrigins = [
+    "LOCALHOST",
+    "*",
+    "",
+    "example.org",
+    "https://a.example/a",
+    "ws://a.example",
+  ];
+  const wrongArgs: [string[], RegExp][] = [
     [["--unknown"], /--unknown/],
     [["extra"], /extra/],
     [["--port"], /--port/],
@@ -1133,105 +1420,113 @@ describe("options", () => {
     [["--port", "1e3"], /1e3/],
     [["--port="], /port/],
     [["--port", "x\ny"], /port/],
-    [["--quiet=yes"], /quiet/],
     [["--port", "-1"], /--port needs a value/],
-    [["--cert", "--key"], /--cert needs a value/],
-    [["--hostname="], /--hostname/],
+    [["--hostname="], /--hostname needs a value/],
+    [["--hostname", ""], /--hostname needs a value/],
     [["--hostname", "no-such-host.invalid", "--port", "0"], /no-such-host\.invalid.*--hostname/],
-    [["--default", "nope"], /nope.*|echo/],
-    ...["LOCALHOST", "*", "", "example.org", "https://a.example/path", "ws://a.example"].map((
-      origin,
-    ): [string[], RegExp] => [["--origin", origin], /an origin must be like/]),
+    [["--hostname", "203.0.113.1", "--port", "0"], /203\.0\.113\.1.*--hostname/],
+    [["--default", "nope"], /'nope'/],
+    [["--quiet=yes"], /quiet/],
+    [["--cert", "--key"], /--cert needs a value/],
     [["--cert", wrongFile], /--key/],
     [["--key", wrongFile], /--cert/],
-    [["--port", "0", "--cert", absent, "--key", absent], /absent\.pem/],
-    [["--port", "0", "--cert", "", "--key", ""], /--cert/],
-    [["--port", "0", "--cert", wrongFile, "--key", wrongFile], /./],
-    [["--port", "0", "--hostname", "203.0.113.1"], /./],
-    [[], /abc/, { PORT: "abc" }],
+    [["--cert", absent, "--key", absent], /absent\.pem/],
+    [["--cert", "", "--key", ""], /--cert/],
+    [["--cert", wrongFile, "--key", wrongFile], /--cert and --key must be .* in PEM/],
+    ...wrongOrigins.map((origin): [string[], RegExp] => [
+      ["--origin", origin],
+      /an origin must be like/,
+    ]),
   ];
-  for (const [args, words, env] of wrong) {
-    const shown = JSON.stringify([...Object.values(env ?? {}), ...args]).replaceAll(here, "");
-    test(`${shown}: one clear line, and status 1`, async () => {
-      const program = startProgram(args, env);
-      assert.equal(await program.exitStatus(), 1);
-      assert.equal(program.out, "");
-      assert.match(program.err, /^Cannot start: [^\n]+\n$/);
-      assert.match(program.err, words);
+  for (const [args, words] of wrongArgs) {
+    const shown = JSON.stringify(args).replaceAll(here, "");
+    test(`the arguments ${shown} end with status 1 and one line that says why`, async () => {
+      await assertCannotStart(startProgram(args), words);
     });
   }
 
-  test("a port in use is named in one line", async () => {
-    const port = listen({ hostname: "0.0.0.0" });
-    const program = startProgram(["--port", `${port}`]);
-    await assert.rejects(program.port());
+  /** Fails unless the program ends with status 1 and one line. */
+  async function assertCannotStart(program: Program, words: RegExp): Promise<void> {
     assert.equal(await program.exitStatus(), 1);
-    assert.equal(
-      program.err,
-      `Cannot start: port ${port} is in use; try another --port (see --help)\n`,
-    );
+    assert.equal(program.out, "");
+    assert.match(program.err, /^Cannot start: [^\n]+\n$/);
+    assert.match(program.err, words);
+  }
+
+  test("a PORT that is no number ends with status 1 and one line that says why", async () => {
+    await assertCannotStart(startProgram([], { PORT: "abc" }), /abc/);
   });
 
-  test("a key that does not belong to the certificate is told in one line", async () => {
+  test("a port in use ends with status 1 and one line that names it and --port", async () => {
+    const port = listen({ hostname: "0.0.0.0" });
+    const program = startProgram(["--port", `${port}`]);
+    await assertCannotStart(program, new RegExp(`port ${port} is in use; try another --port`));
+  });
+
+  test("a key of another certificate ends with status 1 and one line that says so", async () => {
     const [, cert] = certificate();
     const [, , , key] = certificate();
     const program = startProgram(["--port", "0", "--cert", cert, "--key", key]);
-    assert.equal(await program.exitStatus(), 1);
-    assert.match(program.err, /^Cannot start: the --key does not belong to the --cert [^\n]*\n$/);
+    await assertCannotStart(program, /the --key does not belong to the --cert/);
   }, withoutOpenssl);
 
-  test("--default NAME serves clients that offer no subprotocol", async () => {
-    const raw = Raw.to(await startProgram(["--port", "0", "--default", "echo"]).port());
-    raw.socket.write(handshake({ "Sec-WebSocket-Protocol": [] }));
-    assert.equal((await raw.nextResponse())?.status, 101);
-    assert.equal(await raw.ask("same"), "same");
+  for (const help of ["--help", "-h"]) {
+    test(`${help} explains each option, even beside a wrong one`, async () => {
+      const program = startProgram([help, "--port", "x"]);
+      assert.equal(await program.exitStatus(), 0);
+      const options = ["port", "hostname", "default", "origin", "cert", "key", "reuse-port"];
+      for (const option of [...options, "quiet", "help"]) {
+        assert.match(program.out, new RegExp(`^ +--${option} +\\S`, "m"));
+      }
+    });
+  }
+
+  test("the server listens on the PORT of the environment", async () => {
+    const program = startProgram([], { PORT: "0" });
+    await assertServes(await program.port());
   });
 
-  test("--hostname '[::1]' is printed with one pair of brackets", async () => {
-    const program = startProgram(["--port", "0", "--hostname", "[::1]"]);
-    const port = await program.port();
-    assert.equal(program.out, `Listening on http://[::1]:${port}/\n`);
-  }, !networkInterfaces().lo?.some(({ family }) => family === "IPv6") && "without IPv6");
-
-  test("on Deno, a PORT that may not be read is told in one line", async () => {
-    const server = join(here, "server.ts");
-    const program = new Program("deno", [
-      "run",
-      "--no-prompt",
-      "--allow-net",
-      server,
-      "--hostname",
-      "203.0.113.1",
-    ], { PORT: "1" });
-    await program.exitStatus();
-    assert.match(program.err, /^PORT is not looked at: .*--allow-env=PORT\n/);
-  }, !onDeno && "Bun may always read it");
-
-  test("the port may come from PORT; --port comes first, empty is the same as none", async () => {
-    const programs = [
-      startProgram([], { PORT: "0" }),
-      startProgram(["--port", "0"], { PORT: "1" }),
-    ];
-    for (const program of programs) await assertServes(await program.port());
+  test("--port comes before PORT", async () => {
+    const program = startProgram(["--port", "0"], { PORT: "1" });
+    await assertServes(await program.port());
   });
 
-  test("--hostname is where it listens, and what it says", async () => {
+  test("a PORT that Deno may not read is passed over, with one line that says so", async () => {
+    const args = ["run", "--no-prompt", "--allow-net", join(here, "server.ts")];
+    const unreachable = ["--hostname", "203.0.113.1"]; // so that it does not start on port 9000
+    const program = new Program(process.execPath, [...args, ...unreachable], { PORT: "1" });
+    assert.equal(await program.exitStatus(), 1);
+    assert.match(
+      program.err,
+      /^PORT is not looked at: .*--allow-env=PORT\nCannot start: [^\n]*\n$/,
+    );
+  }, !onDeno && "Bun may read every variable");
+
+  test("--hostname is the address on which the server listens, and which it prints", async () => {
     const program = startProgram(["--port", "0", "--hostname", "127.0.0.1"]);
     const port = await program.port();
     assert.equal(program.out, `Listening on http://127.0.0.1:${port}/\n`);
     await assertServes(port);
   });
 
-  test("--help explains each option, whatever stands beside it", async () => {
-    const program = startProgram(["--help", "--port", "x"]);
-    assert.equal(await program.exitStatus(), 0);
-    const names = ["port", "hostname", "default", "origin", "cert", "key", "quiet", "help"];
-    for (const name of names) {
-      assert.match(program.out, new RegExp(`--${name}\\b`));
+  const hasIpv6 = Object.values(networkInterfaces()).flat().some((entry) =>
+    entry?.address === "::1"
+  );
+  test("--hostname takes an IPv6 address with or without brackets", async () => {
+    for (const hostname of ["::1", "[::1]"]) {
+      const program = startProgram(["--port", "0", "--hostname", hostname]);
+      const port = await program.port();
+      assert.equal(program.out, `Listening on http://[::1]:${port}/\n`);
     }
+  }, !hasIpv6 && "this machine has no IPv6");
+
+  test("--default NAME serves clients that offer no subprotocol", async () => {
+    const port = await startProgram(["--port", "0", "--default", "echo"]).port();
+    const client = await RawClient.openWith(port, handshake({ "Sec-WebSocket-Protocol": [] }));
+    assert.equal(await client.ask("same"), "same");
   });
 
-  test("--origin lets in pages of these origins, and clients that send none", async () => {
+  test("--origin lets in pages of the given origins, and clients without an origin", async () => {
     const origins = ["https://A.example:443/", "https://b.example:8443"];
     const args = origins.flatMap((origin) => ["--origin", origin]);
     const port = await startProgram(["--port", "0", ...args]).port();
@@ -1246,565 +1541,695 @@ describe("options", () => {
       [["https://a.example", "https://c.example"], 403],
     ];
     for (const [origin, status] of expected) {
-      const answer = await request(port, handshake({ Origin: origin }));
-      assert.equal(answer.status, status, `Origin: ${origin}`);
+      const response = await request(port, handshake({ Origin: origin }));
+      assert.equal(response.status, status, `Origin: ${origin}`);
     }
   });
 
-  test("--reuse-port lets two processes share a port", async () => {
+  test("--reuse-port lets two processes listen on one port", async () => {
     const port = await startProgram(["--port", "0", "--reuse-port"]).port();
-    assert.equal(await startProgram(["--port", `${port}`, "--reuse-port"]).port(), port);
-  }, process.platform !== "linux" && "for Linux");
+    const second = startProgram(["--port", `${port}`, "--reuse-port"]);
+    assert.equal(await second.port(), port);
+  }, !onLinux && "only Linux shares the connections of a port between processes");
+});
 
-  test("serve() takes what is undefined as not given", async () => {
-    const port = listen({ hostname: undefined });
-    await assertServes(port);
-    await assert.rejects(once(connectTcp(port, "::1"), "connect"), "only at 0.0.0.0");
-  });
-
-  test("an unknown option of serve does not type-check", () => {
-    // @ts-expect-error help is an option of the command line only
-    assert.doesNotThrow(() => ({ help: true }) satisfies Options);
-  });
-
-  test("importing the module starts nothing", async () => {
+describe("serve()", () => {
+  test("importing server.ts starts nothing", async () => {
     const code = `await import(${JSON.stringify(new URL("server.ts", import.meta.url))})`;
     const program = new Program(process.execPath, [onDeno ? "eval" : "-e", code]);
-    assert.deepEqual([await program.exitStatus(), program.out, program.err], [0, "", ""]);
+    assert.equal(await program.exitStatus(), 0);
+    assert.equal(program.out + program.err, "");
+  });
+
+  test("an undefined option is the same as none", async () => {
+    const port = listen({ hostname: undefined });
+    await assertServes(port);
+    const connecting = once(connectTcp(port, "::1"), "connect");
+    await assert.rejects(connecting, "it listens on more than 0.0.0.0");
+  });
+
+  test("an option that serve() does not have is a type error", async () => {
+    const code = 'import { serve } from "./server.ts"; serve({ help: true });';
+    const file = join(copyServer({ "program.ts": code }), "program.ts");
+    const program = new Program(process.execPath, ["check", file]);
+    assert.equal(await program.exitStatus(), 1);
+    assert.match(program.err, /'help' does not exist in type 'Options'/);
+  }, !onDeno && "Bun does not check types");
+
+  test("an exception in a timer ends a program of one's own, as without a server", async () => {
+    const program = startOwnProgram(`
+      import { serve } from "./server.ts";
+      serve({ port: 0, quiet: true });
+      setTimeout(() => { throw new Error("thrown by a timer"); });
+    `);
+    assert.equal(await program.exitStatus(), 1);
+    assert.match(program.err, /thrown by a timer/);
   });
 });
 
 describe("TLS", () => {
-  test("with --cert and --key it speaks https and wss", async () => {
+  /** Connects by TLS. */
+  const connectSecurely = (port: number) =>
+    new RawClient(connectTls({ port, host: "127.0.0.1", rejectUnauthorized: false }));
+
+  /** Sends a request without a body by HTTP/2; returns the headers and the body. */
+  async function requestHttp2(
+    port: number,
+    method: string,
+  ): Promise<[IncomingHttpHeaders, string]> {
+    const client = connectHttp2(`https://localhost:${port}`, { rejectUnauthorized: false });
+    cleanups.push(() => client.destroy());
+    const stream = client.request({ ":method": method, ":path": "/" }, { endStream: true });
+    const [headers] = await once(stream, "response");
+    const chunks = await Array.fromAsync(stream);
+    return [headers, chunks.join("")];
+  }
+
+  test("with --cert and --key, the server says that it listens on https", async () => {
     const program = startProgram(["--port", "0", ...certificate()]);
     const port = await program.port();
     assert.equal(program.out, `Listening on https://localhost:${port}/\n`);
+  }, withoutOpenssl);
 
-    const open = () => new Raw(connectTls({ port, host: "127.0.0.1", rejectUnauthorized: false }));
-    const browser = open(), client = open();
-    browser.socket.write("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    assert.equal((await browser.nextResponse())?.body, page);
+  test("with --cert and --key, the page comes by https", async () => {
+    const port = await startProgram(["--port", "0", ...certificate()]).port();
+    const client = connectSecurely(port);
+    client.socket.write("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    const response = await client.nextResponse();
+    assert.equal(response?.body, page);
+  }, withoutOpenssl);
+
+  test("with --cert and --key, messages are answered by wss", async () => {
+    const port = await startProgram(["--port", "0", ...certificate()]).port();
+    const client = connectSecurely(port);
     client.socket.write(handshake());
-    assert.equal((await client.nextResponse())?.status, 101);
+    const response = await client.nextResponse();
+    assert.equal(response?.status, 101);
     assert.equal(await client.ask("secret"), "terces");
   }, withoutOpenssl);
 
-  test("the page comes by HTTP/2, too, as browsers ask for it", async () => {
+  test("the page also comes by HTTP/2, which browsers prefer", async () => {
     const port = await startProgram(["--port", "0", ...certificate()]).port();
-    const client = connectHttp2(`https://localhost:${port}`, { rejectUnauthorized: false });
-    cleanups.push(() => client.destroy());
-    const stream = client.request({ ":path": "/" });
-    const [headers] = await once(stream, "response");
+    const [headers, body] = await requestHttp2(port, "GET");
     assert.equal(headers[":status"], 200);
-    assert.equal((await Array.fromAsync(stream)).join(""), page);
+    assert.equal(body, page);
+  }, withoutOpenssl);
+
+  test("a POST without a body by HTTP/2 is answered with 405", async () => {
+    const port = await startProgram(["--port", "0", ...certificate()]).port();
+    const [headers] = await requestHttp2(port, "POST");
+    assert.equal(headers[":status"], 405);
+    assert.equal(headers.allow, "GET, HEAD");
   }, withoutOpenssl);
 });
 
 // ---- Limits -------------------------------------------------------------------------------------
 
 describe("limits", () => {
-  const limit = limits.messageBytes;
-  const split = (opcode: number, data: Buffer) => {
-    const half = data.length >> 1;
-    const rest = encodeFrame(CONTINUATION, data.subarray(half));
-    return [encodeFrame(opcode, data.subarray(0, half), false), rest];
+  /** Encodes data as two frames. */
+  const fragments = (opcode: number, data: Buffer) => {
+    const half = Math.floor(data.length / 2);
+    const first = encodeFrame(opcode, data.subarray(0, half), false);
+    const second = encodeFrame(CONTINUATION, data.subarray(half));
+    return Buffer.concat([first, second]);
   };
-  const sized: Record<string, (size: number) => Buffer[]> = {
-    "text": (size) => [encodeFrame(TEXT, "é".repeat(size / 2) + "x".repeat(size % 2))],
-    "bytes": (size) => [encodeFrame(BINARY, Buffer.alloc(size))],
-    "text in fragments": (size) => split(TEXT, Buffer.alloc(size, "x")),
-    "bytes in fragments": (size) => split(BINARY, Buffer.alloc(size)),
+  const encodings: Record<string, (size: number) => Buffer> = {
+    "text": (size) => encodeFrame(TEXT, "é".repeat(size / 2) + "x".repeat(size % 2)),
+    "bytes": (size) => encodeFrame(BINARY, Buffer.alloc(size)),
+    "text in fragments": (size) => fragments(TEXT, Buffer.alloc(size, "x")),
+    "bytes in fragments": (size) => fragments(BINARY, Buffer.alloc(size)),
   };
-  for (const [kind, frames] of Object.entries(sized)) {
-    test(`1 MiB of ${kind} is answered, one byte more is closed with 1009`, async () => {
-      const raw = await Raw.open(listen());
-      raw.socket.write(Buffer.concat(frames(limit)));
-      assert.equal((await raw.nextFrame())?.data.length, limit);
-      raw.socket.write(Buffer.concat(frames(limit + 1)));
-      assert.match(await raw.closeReason(), /^1009 ./);
+  for (const [kind, encode] of Object.entries(encodings)) {
+    test(`1 MiB of ${kind} is answered; one byte more is closed with 1009`, async () => {
+      const client = await RawClient.open(listen());
+      client.socket.write(encode(1024 * 1024));
+      assert.equal((await client.nextFrame())?.data.length, 1024 * 1024);
+      client.socket.write(encode(1024 * 1024 + 1));
+      assert.match(await client.closeReason(), /^1009 ./);
     });
   }
 
   test("two servers in one process have limits of their own", async () => {
-    const [small, large] = [listen({ limits: { messageBytes: 10 } }), listen()];
-    const [first, second] = [await Raw.open(small), await Raw.open(large)];
-    first.socket.write(encodeFrame(TEXT, "x".repeat(11)));
-    assert.match(await first.closeReason(), /^1009 ./);
-    assert.equal(await second.ask("x".repeat(11)), "x".repeat(11));
+    const small = await RawClient.open(listen({ limits: { messageBytes: 10 } }));
+    const large = await RawClient.open(listen());
+    const text = "x".repeat(11);
+    small.send(text);
+    assert.match(await small.closeReason(), /^1009 ./);
+    assert.equal(await large.ask(text), text);
   });
 
   test("with messageBytes of 16 MiB, messages of 13 MB are answered one after the other", async () => {
-    const raw = await Raw.open(listen({ limits: { messageBytes: 16 * 1024 * 1024 } }));
+    const client = await RawClient.open(listen({ limits: { messageBytes: 16 * 1024 * 1024 } }));
     const frame = encodeFrame(BINARY, Buffer.alloc(13_000_000));
     for (let i = 0; i < 2; i++) {
-      raw.socket.write(frame);
-      assert.equal((await raw.nextFrame())?.data.length, 13_000_000);
+      client.socket.write(frame);
+      assert.equal((await client.nextFrame())?.data.length, 13_000_000);
     }
   });
 
-  test("with unreadBytes of 1, a client that waits for each reply is served", async () => {
-    const raw = await Raw.open(listen({ limits: { unreadBytes: 1, allUnreadBytes: 1 } }));
-    for (let i = 0; i < 100; i++) assert.equal(await raw.ask("ab"), "ba", `message ${i}`);
-  });
-
-  const wrongLimits: [keyof typeof limits, number, RegExp][] = [
-    ["idleSeconds", 1000, /idleSeconds .* 8 to 960, not 1000/],
-    ["idleSeconds", 7, /idleSeconds .* 8 to 960, not 7/],
-    ["messageBytes", 0, /messageBytes .* from 1 to/],
-    ["messageBytes", 64 * 1024 * 1024, /messageBytes .* from 1 to 67108863/],
-    ["connections", 1.5, /connections .* whole number/],
-    ["unreadBytes", NaN, /unreadBytes .* whole number/],
-  ];
-  for (const [name, value, message] of wrongLimits) {
-    test(`limits.${name} of ${value} is refused with its range`, () => {
-      assert.throws(() => serve({ port: 0, limits: { [name]: value } }), message);
+  for (const unreadBytes of [1, 20, 31]) {
+    test(`with unreadBytes of ${unreadBytes}, a client that waits for replies is served`, async () => {
+      const port = listen({ limits: { unreadBytes, allUnreadBytes: unreadBytes } });
+      const client = await RawClient.open(port);
+      for (let i = 0; i < 100; i++) assert.equal(await client.ask("ab"), "ba", `message ${i}`);
     });
   }
 
-  /** Keeps messages under way and reads slowly; gives the number of replies, or why it ended. */
+  const ranges: [keyof typeof limits, number, number][] = [
+    ["messageBytes", 1, 64 * 1024 * 1024 - 1],
+    ["unreadBytes", 1, 2 ** 40],
+    ["allUnreadBytes", 1, 2 ** 40],
+    ["connections", 1, 2 ** 40],
+    ["idleSeconds", 8, 960],
+    ["stopSeconds", 0, 3600],
+  ];
+  for (const [name, least, greatest] of ranges) {
+    test(`limits.${name} may be ${least} and ${greatest}`, async () => {
+      for (const value of [least, greatest]) {
+        const client = await RawClient.open(listen({ limits: { [name]: value } }));
+        assert.equal(await client.ask("x"), "x");
+        client.socket.destroy();
+      }
+    });
+
+    test(`any other value of limits.${name} is refused with the range`, () => {
+      const range = new RegExp(
+        `limits.${name} must be a whole number from ${least} to ${greatest},`,
+      );
+      for (const value of [least - 1, greatest + 1, least + 0.5, NaN, Infinity]) {
+        assert.throws(() => serve({ port: 0, limits: { [name]: value } }), range, `${value}`);
+      }
+    });
+  }
+});
+
+describe("slow readers", () => {
+  /** Keeps messages under way and reads slowly. Returns the number of replies, or why it ended. */
   async function readSlowly(port: number, count: number, underWayBytes: number): Promise<string> {
-    const raw = Raw.to(port);
-    raw.socket.write(handshake());
-    assert.equal((await raw.nextResponse())?.status, 101);
+    const client = await RawClient.open(port);
     const size = 1000;
+    const underWayCount = Math.floor(underWayBytes / size);
     let sent = 0;
     let received = 0;
-    const write = () => {
-      const room = Math.floor(underWayBytes / size) - (sent - received);
-      const frames = [];
-      for (let i = 0; i < room && sent < count; i++, sent++) {
-        frames.push(encodeFrame(TEXT, `${sent}`.padEnd(size)));
-      }
-      if (frames.length > 0) raw.socket.write(Buffer.concat(frames));
-    };
     while (received < count) {
-      write();
-      const frame = await raw.nextFrame();
-      if (!frame) return `cut after ${received}`;
+      const next = Math.min(count, received + underWayCount);
+      const messages = Array.from({ length: next - sent }, (_, i) => `${sent + i}`.padEnd(size));
+      client.send(...messages);
+      sent = next;
+      const frame = await client.nextFrame();
+      if (!frame) return `cut after ${received} replies`;
       if (frame.opcode === CLOSE) return `closed with ${frame.data.readUInt16BE()}`;
-      assert.equal(`${frame.data}`.trim(), `${received}`.split("").reverse().join(""));
+      assert.equal(`${frame.data}`.trim(), [...`${received}`].reverse().join(""));
       received++;
       if (received % 100 === 0) {
-        raw.socket.pause();
-        await sleep(5);
-        raw.socket.resume();
+        client.socket.pause();
+        await sleep(5); // this is what makes it slow
+        client.socket.resume();
       }
     }
     return `${received} replies`;
   }
 
-  test("a steady reader with 4 MB under way gets every reply", async () => {
-    const port = await startProgram(["--port", "0", "--quiet"]).port();
-    assert.equal(await readSlowly(port, 15_000, 4_000_000), "15000 replies");
+  const cannotPause = onDeno && "Deno cannot stop reading from a client";
+  const pauses = !onDeno && "Bun stops reading from such a client instead";
+
+  test("a client that always has 4 MB under way and reads slowly gets every reply", async () => {
+    const result = await readSlowly(await listenSeparately(), 15_000, 4_000_000);
+    assert.equal(result, "15000 replies");
   });
 
-  test(
-    "on Bun, a steady reader with 20 MB under way gets every reply",
-    async () => {
-      const port = await startProgram(["--port", "0", "--quiet"]).port();
-      assert.equal(await readSlowly(port, 25_000, 20_000_000), "25000 replies");
-    },
-    onDeno && "Deno cannot stop reading from a client",
-  );
+  test("a client that always has 20 MB under way and reads slowly gets every reply", async () => {
+    const result = await readSlowly(await listenSeparately(), 25_000, 20_000_000);
+    assert.equal(result, "25000 replies");
+  }, cannotPause);
 
-  test("on Bun, 50,000 messages at once are all answered", async () => {
+  test("50,000 messages at once from a client that reads are all answered", async () => {
     const messages = Array.from({ length: 50_000 }, (_, n) => `${n}`);
-    const port = await startProgram(["--port", "0", "--quiet"]).port();
-    const received = await replies(await connect(port), messages);
+    const received = await replies(await connect(await listenSeparately()), messages);
     assert.ok(received.every((reply, n) => reply === reverse(`${n}`)));
-  }, onDeno && "Deno cannot stop reading from a client");
+  }, cannotPause);
 
-  test("300 messages of 64 KiB at once are all answered", async () => {
+  test("300 messages of 64 KiB at once from a client that reads are all answered", async () => {
     const messages = Array(300).fill("x".repeat(65_536));
-    const port = await startProgram(["--port", "0", "--quiet"]).port();
-    assert.equal((await replies(await connect(port), messages)).length, 300);
+    const received = await replies(await connect(await listenSeparately()), messages);
+    assert.deepEqual(new Set(received), new Set(messages));
   });
 
   test(
-    "on-demand commands at once are all done, though their replies pass the limits",
+    "on-demand commands at once are all done, even if their replies pass the limit",
     async () => {
       const port = listen({ limits: { unreadBytes: 4 * 1024 * 1024 } });
       const socket = await connect(port, "on-demand");
-      const received = collect(socket, 20);
-      for (let i = 0; i < 20; i++) socket.send("bytes 1000000");
-      assert.equal((await received).length, 20);
+      const received = await replies(socket, Array(20).fill("bytes 1000000"));
+      for (const reply of received) assert.equal((reply as ArrayBuffer).byteLength, 1_000_000);
     },
-    onDeno && "Deno cannot stop reading from a client",
+    cannotPause,
   );
-
-  /** Sends messages until the connection is closed, without reading. */
-  async function flood(port: number, name: string, size: number, isClosed: () => boolean) {
-    const flooding = await Raw.open(port, name);
-    const other = await Raw.open(port);
-    flooding.socket.pause();
-    const one = encodeFrame(BINARY, Buffer.alloc(size));
-    const many = Buffer.concat(Array(size > 16 ? 4 : 5000).fill(one));
-    for (let i = 0; !isClosed() && i < 500; i++) {
-      flooding.socket.write(many);
-      assert.equal(await other.ask("still here?"), "?ereh llits");
-    }
-    return flooding;
-  }
 
   for (const size of [65_536, 16, 0]) {
-    test(`on Deno, a client that floods ${size} bytes and does not read is closed`, async () => {
+    test(`a client that floods ${size} bytes and does not read is closed with 1008`, async () => {
       let isClosed = false;
-      const port = listenWith((connection) => {
+      const echo: Subprotocol = (connection) => {
         connection.onclose = () => void (isClosed = true);
         return (message) => message;
-      }, { limits: { unreadBytes: 4 * 1024 * 1024 } });
-      const flooding = await flood(port, "added", size, () => isClosed);
+      };
+      const port = listenWith(echo, { limits: { unreadBytes: 4 * 1024 * 1024 } });
+      const other = await RawClient.open(port);
+      const flooding = await RawClient.open(port, "added");
+      flooding.socket.pause();
+      const messages = Array(size > 16 ? 4 : 5000).fill(new Uint8Array(size));
+      for (let i = 0; i < 500 && !isClosed; i++) {
+        flooding.send(...messages);
+        await assertReplies(other);
+      }
       assert.ok(isClosed, "it was not closed");
-      await assertServes(port);
+      await assertReplies(other);
       flooding.socket.resume();
-      assert.match(await flooding.closeReason(), /^1008 .|^cut$/);
-    }, !onDeno && "Bun stops reading from it instead");
+      assert.match(await flooding.closeReason(), /^1008 .|^cut$/); // the flood may go on meanwhile
+    }, pauses);
   }
 
-  test(
-    "on Bun, a client that floods and does not read is closed with 1008 after idleSeconds",
-    async () => {
-      const port = listen({ limits: { idleSeconds: 8 } });
-      const flooding = await Raw.open(port);
-      flooding.socket.pause();
-      const many = Buffer.concat(Array(400).fill(encodeFrame(BINARY, Buffer.alloc(65_536))));
-      flooding.socket.write(many);
-      await sleep(10_000);
-      await assertServes(port);
-      flooding.socket.resume();
-      assert.match(await flooding.closeReason(), /^1008 too many unread/);
-    },
-    onDeno && "Deno closes it at once",
-  );
+  test("a client that floods and does not read is closed with 1008 after idleSeconds", async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const echo: Subprotocol = (connection) => {
+      connection.onclose = resolve;
+      return (message) => message;
+    };
+    const port = listenWith(echo, { limits: { idleSeconds: 8 } });
+    const flooding = await RawClient.open(port, "added");
+    flooding.socket.pause();
+    flooding.send(...Array(400).fill(new Uint8Array(65_536)));
+    await promise;
+    await assertServes(port);
+    flooding.socket.resume();
+    assert.match(await flooding.closeReason(), /^1008 too many unread/);
+  }, onDeno && "Deno closes such a client at once");
 
-  test("on Deno, a client over the limit that goes on reading gets 1008, not a reset", async () => {
-    const port = listen({ limits: { unreadBytes: 500_000 } });
-    const raw = await Raw.open(port);
-    raw.socket.write(Buffer.concat(Array(3000).fill(encodeFrame(TEXT, "x".repeat(1000)))));
-    assert.equal(await raw.closeReason(), "1008 too many unread messages");
-  }, !onDeno && "Bun stops reading from it instead");
+  test("a client over the limit that goes on reading gets 1008, not a reset", async () => {
+    const client = await RawClient.open(listen({ limits: { unreadBytes: 500_000 } }));
+    client.send(...Array(3000).fill("x".repeat(1000)));
+    assert.equal(await client.closeReason(), "1008 too many unread messages");
+  }, pauses);
 
   test("a handler that sends too much at once is closed with 1008", async () => {
-    const port = listenWith((connection) => (message) => {
-      for (let i = 0; i < 100; i++) connection.send(message);
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const port = listenWith((connection) => {
+      connection.onclose = resolve;
+      return (message) => {
+        for (let i = 0; i < 100; i++) connection.send(message);
+      };
     }, { limits: { unreadBytes: 1024 * 1024 } });
-    const raw = await Raw.open(port, "added");
-    raw.socket.pause();
-    for (let i = 0; i < 10; i++) {
-      raw.socket.write(encodeFrame(BINARY, Buffer.alloc(200_000)));
-    }
-    await sleep(200);
-    raw.socket.resume();
-    assert.match(await raw.closeReason(), /^1008 ./);
+    const client = await RawClient.open(port, "added");
+    client.socket.pause();
+    client.send(...Array(10).fill(new Uint8Array(200_000)));
+    await promise;
+    client.socket.resume();
+    assert.match(await client.closeReason(), /^1008 ./);
   });
 
-  test("pushed messages that are not read close with 1008, and the client finds the reason", async () => {
-    const ended = Promise.withResolvers<void>();
-    let pushed = 0;
+  test("a client that does not read what a timer sends is closed with 1008", async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    let sent = 0;
     const port = listenWith((connection) => {
       const timer = setInterval(() => {
         connection.send(new Uint8Array(1024 * 1024));
-        pushed++;
+        sent++;
       }, 5);
       connection.onclose = () => {
         clearInterval(timer);
-        ended.resolve();
+        resolve();
       };
     }, { limits: { unreadBytes: 8 * 1024 * 1024 } });
-    const raw = await Raw.open(port, "added");
-    raw.socket.pause();
-    await ended.promise;
-    assert.ok(pushed > 8 && pushed < 40, `${pushed} MiB, some of them in the kernel's buffers`);
-    raw.socket.resume();
-    assert.match(await raw.closeReason(), /^1008 ./);
+    const client = await RawClient.open(port, "added");
+    client.socket.pause();
+    await promise;
+    assert.ok(sent > 8 && sent < 40, `${sent} MiB, of which the kernel holds some`);
+    client.socket.resume();
+    assert.match(await client.closeReason(), /^1008 ./);
   });
 
-  test("over the limit of all clients together, one with a backlog is closed", async () => {
+  test("when all clients together leave too much unread, those behind are closed", async () => {
     let closed = 0;
     const port = listenWith((connection) => {
-      connection.onclose = () => void closed++;
       const timer = setInterval(() => connection.send(new Uint8Array(1024 * 1024)), 10);
-      const { onclose } = connection;
-      connection.onclose = () => (clearInterval(timer), onclose());
+      connection.onclose = () => {
+        clearInterval(timer);
+        closed++;
+      };
     }, { limits: { allUnreadBytes: 8 * 1024 * 1024 } });
-    const silent = await Promise.all([1, 2, 3, 4].map(() => Raw.open(port, "added")));
-    for (const { socket } of silent) socket.pause();
-    await eventually(() => {
-      assert.ok(closed >= 3, `${closed} closed`);
-      return Promise.resolve();
-    }, "closed");
+    const clients = await Promise.all([1, 2, 3, 4].map(() => RawClient.open(port, "added")));
+    for (const { socket } of clients) socket.pause();
+    await eventually(() => assert.ok(closed >= 3, `${closed}`), "three are closed");
     await assertServes(port);
   });
+});
 
-  test("further handshakes are answered with 503 until a connection ends in any way", async () => {
-    const port = listen({ limits: { connections: 3 } });
-    const isNotFull = () => assertServes(port);
-    const isFull = async () => {
-      const { status, header } = await request(port, handshake());
-      assert.deepEqual([status, Number(header("retry-after")[0]) > 0], [503, true]);
-    };
-    const ends: Record<string, (socket: Socket) => unknown> = {
-      "a close frame": (socket) => socket.write(closeFrame(1000)),
-      "the end of its stream": (socket) => socket.end(),
-      "a reset": (socket) => socket.resetAndDestroy(),
-      "a frame with all bits set": (socket) => socket.write(Buffer.alloc(20, 255)),
-      "text that is not UTF-8": (socket) => socket.write(encodeFrame(TEXT, Uint8Array.of(255))),
-    };
-    const others = [await Raw.open(port), await Raw.open(port)];
-    for (const [ending, end] of Object.entries(ends)) {
-      const third = await Raw.open(port);
-      await isFull();
-      end(third.socket);
-      others.push(await eventually(() => Raw.open(port), ending));
-      await isFull();
-      others.shift()!.socket.resetAndDestroy();
-      await eventually(isNotFull, ending);
-    }
-  });
+describe("the number of connections", () => {
+  const assertFull = async (port: number) => {
+    const { status, header } = await request(port, handshake());
+    assert.equal(status, 503);
+    assert.ok(Number(header("retry-after")[0]) > 0);
+  };
 
-  test("on Deno, a client that was closed with 1009 counts until it has left", async () => {
+  test("a full server refuses handshakes with 503 and a time to try again", async () => {
     const port = listen({ limits: { connections: 1 } });
-    const raw = await Raw.open(port);
-    raw.socket.write(encodeFrame(BINARY, Buffer.alloc(limit + 1)));
-    assert.match(await raw.closeReason(), /^1009 ./);
-    assert.equal((await request(port, handshake())).status, 503);
-    raw.socket.destroy();
-    await eventually(() => assertServes(port), "its place is free");
-  }, !onDeno && "Bun ends the connection itself");
-
-  test("of many handshakes at once no more stay than there are places", async () => {
-    const port = listen({ limits: { connections: 3 } });
-    const crowd = Array.from({ length: 20 }, () => Raw.to(port));
-    for (const { socket } of crowd) socket.write(handshake());
-    const responses = await Promise.all(crowd.map((raw) => raw.nextResponse()));
-    const open = crowd.filter((_, i) => responses[i]?.status === 101);
-    const replies = await Promise.all(open.map((raw) => raw.ask("stay")));
-    assert.equal(replies.filter((reply) => reply === "yats").length, 3);
-    await eventually(async () => {
-      assert.equal((await request(port, handshake())).status, 503);
-    }, "full");
+    await RawClient.open(port);
+    await assertFull(port);
   });
 
-  test("a peer that answers no pings is let go, and its place; a living one stays", async () => {
-    const port = listen({ limits: { idleSeconds: 8, connections: 3 } });
+  const endings: Record<string, (socket: Socket) => unknown> = {
+    "with a close frame": (socket) => socket.write(closeFrame(1000)),
+    "at the end of its TCP stream": (socket) => socket.end(),
+    "with a reset": (socket) => socket.resetAndDestroy(),
+    "with an illegal frame": (socket) => socket.write(Buffer.alloc(20, 255)),
+    "with text that is not UTF-8": (socket) => socket.write(encodeFrame(TEXT, Uint8Array.of(255))),
+  };
+  for (const [how, end] of Object.entries(endings)) {
+    test(`a connection that ends ${how} makes room for exactly one other`, async () => {
+      const port = listen({ limits: { connections: 2 } });
+      await RawClient.open(port);
+      const ending = await RawClient.open(port);
+      await assertFull(port);
+      end(ending.socket);
+      await eventually(() => RawClient.open(port), "there is room");
+      await assertFull(port);
+    });
+  }
+
+  test("a client closed with 1009 counts until it has left", async () => {
+    const port = listen({ limits: { connections: 1 } });
+    const client = await RawClient.open(port);
+    client.send(new Uint8Array(limits.messageBytes + 1));
+    assert.match(await client.closeReason(), /^1009 ./);
+    await assertFull(port);
+    client.socket.destroy();
+    await eventually(() => assertServes(port), "there is room");
+  }, !onDeno && "Bun itself ends the TCP connection of such a client");
+
+  test("of twenty handshakes at once, no more stay than there is room for", async () => {
+    const port = listen({ limits: { connections: 3 } });
+    const clients = Array.from({ length: 20 }, () => RawClient.to(port));
+    for (const { socket } of clients) socket.write(handshake());
+    const responses = await Promise.all(clients.map((client) => client.nextResponse()));
+    const accepted = clients.filter((_client, i) => responses[i]?.status === 101);
+    const received = await Promise.all(accepted.map((client) => client.ask("stay")));
+    assert.equal(received.filter((reply) => reply === "yats").length, 3);
+    await eventually(() => assertFull(port), "the server is full");
+  });
+
+  test("a client that answers no pings makes room for another; one that does stays", async () => {
+    const port = listen({ limits: { idleSeconds: 8, connections: 2 } });
     const living = await connect(port);
-    const dead = await Raw.open(port);
-    const hasty = Raw.to(port);
-    hasty.socket.write(handshake(), () => hasty.socket.resetAndDestroy());
+    const dead = await RawClient.open(port);
     await dead.closeReason();
-    await eventually(() => Raw.open(port), "the place of the dead one is free");
-    await eventually(() => Raw.open(port), "the place of the one that left at once is free");
-    assert.equal((await request(port, handshake())).status, 503, "but each only once");
+    await eventually(() => RawClient.open(port), "there is room");
+    await assertFull(port);
     assert.deepEqual(await replies(living, ["alive"]), ["evila"]);
+  });
+
+  test("a client that resets before the response to its handshake takes no room", async () => {
+    const port = listen({ limits: { connections: 1 } });
+    for (let i = 0; i < 10; i++) {
+      const { socket } = RawClient.to(port);
+      socket.write(handshake(), () => socket.resetAndDestroy());
+      await once(socket, "close");
+    }
+    await eventually(() => assertServes(port), "there is room");
   });
 });
 
 // ---- Failures -----------------------------------------------------------------------------------
 
-describe("a subprotocol that fails", () => {
-  const lines = `
+describe("failing subprotocols", () => {
+  const failingSubprotocols = `
     const fail = (what: string) => { throw new Error(what); };
-    const unprintable = new Proxy({}, { get() { throw new Error("hidden"); } });
+    const unprintable = { [Symbol.for("nodejs.util.inspect.custom")]: () => fail("hidden") };
     Object.assign(subprotocols, {
       "message-throws": () => () => fail("thrown in message"),
       "open-throws": () => fail("thrown in open"),
       "throws-the-unprintable": () => () => { throw unprintable; },
-      "close-throws": (connection: Connection) => { connection.onclose = () => fail("thrown in close"); },
       "repeats": () => (message: Message) => fail(String(message)),
       "is-async": () => async (message: Message) => message,
       "opens-async": async () => {},
       "rejects": () => async () => fail("rejected at once"),
       "gives-a-number": () => () => 5,
-      "timer-throws": () => void setTimeout(() => fail("thrown by a timer")),
       "long-reason": (connection: Connection) => connection.close(1000, "é".repeat(62)),
-      "promise-rejects": () => void Promise.reject(new Error("rejected later")),
+      "close-throws": (connection: Connection) => { connection.onclose = () => fail("in close"); },
+      "close-is-async": (connection: Connection) => {
+        connection.onclose = async () => fail("in async close");
+      },
+      "timer-throws": () => void setTimeout(() => fail("in a timer")),
+      "promise-rejects": () => void Promise.reject(new Error("in a promise")),
     });`;
-  const failures: Record<string, RegExp> = {
-    "message-throws": /^ +Error: thrown in message\n +at .*server\.ts/m,
-    "open-throws": /^ +Error: thrown in open\n +at .*server\.ts/m,
-    "throws-the-unprintable": /failed/,
-    "is-async": /TypeError: .* must not be async/,
-    "opens-async": /TypeError: .* must not be async/,
-    "rejects": /TypeError: .* must not be async/,
-    "gives-a-number": /TypeError: a message must be a string or a Uint8Array/,
-    "long-reason": /RangeError: .*123 bytes/,
-  };
 
-  for (const [name, pattern] of Object.entries(failures)) {
-    test(`(${name}) costs its own connection, with 1011, and nobody else anything`, async () => {
-      const program = startEdited(lines, ["--quiet"]);
+  const openFailures: [string, string, RegExp][] = [
+    ["open-throws", "whose opening throws", /^ +Error: thrown in open\n +at .*server\.ts/m],
+    ["opens-async", "whose opening is async", /TypeError: .* must not be async/],
+    ["long-reason", "whose opening closes with too long a reason", /RangeError: .*123 bytes/],
+  ];
+  for (const [name, what, error] of openFailures) {
+    test(`a connection ${what} is reported and closed with 1011`, async () => {
+      const program = startExtended(failingSubprotocols, ["--quiet"]);
       const port = await program.port();
-      const other = await Raw.open(port);
-      const raw = await Raw.open(port, name);
-      raw.socket.write(encodeFrame(TEXT, "a\nb"));
-      assert.match(await raw.closeReason(), /^1011 ./);
-      await program.reports(pattern);
+      const other = await RawClient.open(port);
+      const client = await RawClient.open(port, name);
+      const { address } = client;
+      assert.match(await client.closeReason(), /^1011 ./);
+      await program.reports(error);
       const [report] = program.err.match(/^failed: .*$/m)!;
-      assert.ok(report.startsWith(`failed: 127.0.0.1:${raw.socket.localPort}, ${name}`), report);
-      const failsInOpen = name === "open-throws" || name === "opens-async" ||
-        name === "long-reason";
-      assert.equal(report.includes("message: a\\u000ab"), !failsInOpen, report);
-      assert.equal(await other.ask("serving"), "gnivres");
+      assert.equal(report, `failed: ${address}, ${name}`);
+      await assertReplies(other);
     });
   }
 
-  test("with the text of a client can neither steer the terminal nor forge a report", async () => {
-    const program = startEdited(lines);
-    const raw = await Raw.open(await program.port(), "repeats");
-    raw.socket.write(encodeFrame(TEXT, "\x1b[2J\nfailed: forged\x9b"));
-    assert.match(await raw.closeReason(), /^1011 ./);
+  const messageFailures: [string, string, RegExp][] = [
+    ["message-throws", "throws", /^ +Error: thrown in message\n +at .*server\.ts/m],
+    ["throws-the-unprintable", "throws what cannot be shown", /an error that cannot be shown/],
+    ["is-async", "is async", /TypeError: .* must not be async/],
+    ["rejects", "is async and rejects", /TypeError: .* must not be async/],
+    ["gives-a-number", "returns a number", /TypeError: a message must be a string or a Uint8Array/],
+  ];
+  for (const [name, what, error] of messageFailures) {
+    test(`a connection whose handler ${what} is reported and closed with 1011`, async () => {
+      const program = startExtended(failingSubprotocols, ["--quiet"]);
+      const port = await program.port();
+      const other = await RawClient.open(port);
+      const client = await RawClient.open(port, name);
+      const { address } = client;
+      client.send("a\nb");
+      assert.match(await client.closeReason(), /^1011 ./);
+      await program.reports(error);
+      const [report] = program.err.match(/^failed: .*$/m)!;
+      assert.equal(report, `failed: ${address}, ${name}, message: a\\u000ab`);
+      await assertReplies(other);
+    });
+  }
+
+  const laterFailures: [string, string, RegExp][] = [
+    ["close-throws", "an exception in onclose", /Error: in close\n +at /],
+    ["close-is-async", "an async onclose that rejects", /Error: in async close\n +at /],
+    ["timer-throws", "an exception in a timer", /Error: in a timer\n +at /],
+    ["promise-rejects", "a rejected promise", /Error: in a promise\n +at /],
+  ];
+  for (const [name, what, error] of laterFailures) {
+    test(`${what} is reported, and server.ts goes on serving`, async () => {
+      const program = startExtended(failingSubprotocols);
+      const port = await program.port();
+      const other = await RawClient.open(port);
+      const client = await RawClient.open(port, name);
+      client.socket.end();
+      await program.reports(error);
+      await assertReplies(other);
+    });
+  }
+
+  test("a client's text in a report can neither steer the terminal nor forge a report", async () => {
+    const program = startExtended(failingSubprotocols);
+    const client = await RawClient.open(await program.port(), "repeats");
+    client.send("\x1b[2J\nfailed: forged\x9b");
+    assert.match(await client.closeReason(), /^1011 ./);
     await program.reports(/at /);
     assert.match(program.err, /\\u001b\[2J\n +failed: forged\\u009b\n/);
     assert.equal(program.err.match(/^failed: /gm)?.length, 1);
   });
 
-  test("logs the message and the failure before the end of the connection", async () => {
-    const program = startEdited(lines);
-    const raw = await Raw.open(await program.port(), "message-throws");
-    raw.socket.write(encodeFrame(TEXT, "boom"));
-    await raw.closeReason();
+  test("the message that made a handler fail is logged before the end it causes", async () => {
+    const program = startExtended(failingSubprotocols);
+    const client = await RawClient.open(await program.port(), "message-throws");
+    client.send("boom");
+    await client.closeReason();
     await program.prints(/^closed: .*, code 1011$/m);
     assert.match(program.out, /^connected: .*\nreceived data: boom, failing\nclosed: /m);
-  });
-
-  for (const name of ["close-throws", "timer-throws", "promise-rejects"]) {
-    test(`elsewhere (${name}) is reported and ends nothing`, async () => {
-      const program = startEdited(lines);
-      const port = await program.port();
-      const other = await Raw.open(port);
-      (await Raw.open(port, name)).socket.end();
-      await program.reports(/(thrown|rejected) .*\n +at /);
-      assert.equal(await other.ask("serving"), "gnivres");
-    });
-  }
-
-  test("again and again fills the error log with no more than 100 lines in 0.1 s", async () => {
-    const program = startEdited(lines, ["--quiet"]);
-    const port = await program.port();
-    const clients = await Promise.all(
-      Array.from({ length: 300 }, () => Raw.open(port, "message-throws")),
-    );
-    for (const { socket } of clients) socket.write(encodeFrame(TEXT, "x"));
-    await Promise.all(clients.map((raw) => raw.closeReason()));
-    await assertServes(port);
-    await eventually(() => {
-      const shown = program.err.match(/^failed: /gm)?.length ?? 0;
-      const counted = [...program.err.matchAll(/^\((\d+) more lines\)$/gm)];
-      const skipped = counted.reduce((sum, [, n]) => sum + Number(n), 0);
-      assert.equal(shown + skipped, 300);
-      return Promise.resolve();
-    }, "all counted");
   });
 });
 
 describe("hostile clients", () => {
-  const next = randomNumbers(11);
-  const bytes = (n: number) => Buffer.from(Array.from({ length: n }, () => next(256)));
-  const damaged = (data: Buffer) => {
-    for (let i = 0; i < 3; i++) data[next(data.length)] = next(256);
+  const random = randomNumbers(11);
+  const randomBytes = (count: number) =>
+    Buffer.from(Array.from({ length: count }, () => random(256)));
+  const damage = (data: Buffer) => {
+    for (let i = 0; i < 3; i++) data[random(data.length)] = random(256);
     return data;
   };
+  const afterHandshake = (...frames: Buffer[]) =>
+    Buffer.concat([Buffer.from(handshake()), ...frames]);
+  const nonBlank = { Upgrade: "\xa0websocket", Connection: "\xa0Upgrade" };
+  const longFrame = encodeFrame(TEXT, "x".repeat(70_000));
   const attacks: Record<string, () => Buffer> = {
-    "random bytes": () => bytes(next(2000)),
-    "half a request": () => Buffer.from(handshake().slice(0, next(200))),
-    "a damaged request": () => damaged(Buffer.from(handshake())),
-    "a header with a byte that is no blank": () =>
-      Buffer.from(handshake({ Upgrade: "\xa0websocket", Connection: "\xa0Upgrade" }), "latin1"),
-    "a long header": () => Buffer.from(handshake({ "X-Long": "x".repeat(next(200_000)) })),
-    "random frames": () => Buffer.concat([Buffer.from(handshake()), bytes(next(2000))]),
+    "random bytes": () => randomBytes(random(2000)),
+    "half a request": () => Buffer.from(handshake().slice(0, random(200))),
+    "a damaged request": () => damage(Buffer.from(handshake())),
+    "a no-break space in a header": () => Buffer.from(handshake(nonBlank), "latin1"),
+    "a long header": () => Buffer.from(handshake({ "X-Long": "x".repeat(random(200_000)) })),
+    "random frames": () => afterHandshake(randomBytes(random(2000))),
     "a damaged frame": () =>
-      Buffer.concat([Buffer.from(handshake()), damaged(encodeFrame(next(16), bytes(next(200))))]),
-    "half a frame": () =>
-      Buffer.concat([
-        Buffer.from(handshake()),
-        encodeFrame(TEXT, "x".repeat(70_000)).subarray(0, next(70_000)),
-      ]),
-    "many pings": () =>
-      Buffer.concat([Buffer.from(handshake()), ...Array(next(2000)).fill(encodeFrame(PING, "x"))]),
+      afterHandshake(damage(encodeFrame(random(16), randomBytes(random(200))))),
+    "half a frame": () => afterHandshake(longFrame.subarray(0, random(70_000))),
+    "many pings": () => afterHandshake(...Array(random(2000)).fill(encodeFrame(PING, "x"))),
   };
-  for (const [what, make] of Object.entries(attacks)) {
-    test(`that send ${what} and leave in any way end nothing`, async () => {
+  for (const [what, encodeAttack] of Object.entries(attacks)) {
+    test(`a hundred clients that send ${what} and leave do not disturb the others`, async () => {
       const port = listen();
-      const other = await Raw.open(port);
-      for (let i = 0; i < 10; i++) {
-        await Promise.all(Array.from({ length: 10 }, async () => {
-          const { socket } = Raw.to(port);
-          const sent = new Promise((resolve) => socket.write(make(), resolve));
-          await Promise.race([sent, once(socket, "close")]);
-          if (next(2)) socket.resetAndDestroy();
-          else socket.end();
-        }));
+      const other = await RawClient.open(port);
+      const attack = async () => {
+        const { socket } = RawClient.to(port);
+        const written = new Promise((resolve) => socket.write(encodeAttack(), resolve));
+        await Promise.race([written, once(socket, "close")]);
+        if (random(2) === 0) socket.resetAndDestroy();
+        else socket.end();
+      };
+      for (let round = 0; round < 10; round++) {
+        await Promise.all(Array.from({ length: 10 }, attack));
       }
-      assert.equal(await other.ask("serving"), "gnivres");
+      await assertReplies(other);
       await assertServes(port);
     });
   }
 
-  test("that use up all file descriptors end nothing, nor the open connections", async () => {
-    const args = [...runtimeArgs, join(here, "server.ts"), "--port", "0", "--quiet"];
-    const shell = ["-c", 'ulimit -n 60; exec "$0" "$@"', process.execPath, ...args];
-    const program = new Program("sh", shell);
-    const port = await program.port();
-    const other = await Raw.open(port);
-    const crowd = Array.from({ length: 100 }, () => Raw.to(port));
-    const answers = crowd.map((raw) => (raw.socket.write(handshake()), raw.nextResponse()));
-    await Promise.any(answers.map(async (answer) => assert.equal((await answer)?.status, 101)));
-    assert.equal(await other.ask("serving"), "gnivres");
-    for (const { socket } of crowd) socket.destroy();
-    const answered = (await Promise.all(answers)).filter((answer) => answer?.status === 101);
-    assert.ok(answered.length < 100, "the limit was reached");
-    await eventually(() => assertServes(port));
-    assert.equal(await other.ask("serving"), "gnivres");
-  }, process.platform !== "linux" && "for Linux");
+  test(
+    "running out of file descriptors neither stops the server nor closes open connections",
+    async () => {
+      const server = [...runtimeArgs, join(here, "server.ts"), "--port", "0", "--quiet"];
+      const shellLine = 'ulimit -n 60; exec "$0" "$@"';
+      const program = new Program("sh", ["-c", shellLine, process.execPath, ...server]);
+      const port = await program.port();
+      const other = await RawClient.open(port);
+      const crowd = Array.from({ length: 100 }, () => RawClient.to(port));
+      for (const { socket } of crowd) socket.write(handshake());
+      const responses = crowd.map((client) => client.nextResponse());
+      await Promise.any(
+        responses.map(async (response) => assert.equal((await response)?.status, 101)),
+      );
+      await assertReplies(other);
+      for (const { socket } of crowd) socket.destroy();
+      const accepted = (await Promise.all(responses)).filter((response) =>
+        response?.status === 101
+      );
+      assert.ok(accepted.length < 100, "it did not run out of file descriptors");
+      await eventually(() => assertServes(port), "it serves again");
+      await assertReplies(other);
+    },
+    !onLinux && "it takes Linux to count file descriptors as here",
+  );
 });
 
-// ---- The end ------------------------------------------------------------------------------------
+// ---- Stopping -----------------------------------------------------------------------------------
 
-describe("the end", () => {
+describe("stopping", () => {
+  const STOP_REASON = "1001 the server is stopping";
+
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    test(`${signal}: all clients get 1001, and the exit status is 0`, async () => {
+    test(`${signal} closes all clients with 1001 and ends the server with status 0`, async () => {
       const program = startProgram(["--port", "0"]);
       const port = await program.port();
-      const [silent, half] = [await Raw.open(port), Raw.to(port)];
+      const answering = await connect(port);
+      const silent = await RawClient.open(port);
+      const half = RawClient.to(port);
       half.socket.write("GET / HTTP/1.1\r\n");
-      const socket = await connect(port);
-      const closed = once(socket, "close");
+      const closed = once(answering, "close");
       program.signal(signal);
       const [{ code, reason }] = await closed;
-      assert.equal(code, 1001);
-      assert.equal(reason, "the server is stopping");
-      assert.equal(await silent.closeReason(), "1001 the server is stopping");
+      assert.equal(`${code} ${reason}`, STOP_REASON);
+      assert.equal(await silent.closeReason(), STOP_REASON);
       assert.equal(await program.exitStatus(), 0);
       assert.equal(program.out.match(/code 1001/g)?.length, 2);
       assert.equal(program.err, "");
     });
   }
 
-  test("a second signal at once is the same wish", async () => {
+  test("two signals at once are the same as one", async () => {
     const program = startProgram(["--port", "0"]);
-    const raw = await Raw.open(await program.port());
+    const client = await RawClient.open(await program.port());
     program.signal("SIGINT");
     program.signal("SIGINT");
-    assert.equal(await raw.closeReason(), "1001 the server is stopping");
+    assert.equal(await client.closeReason(), STOP_REASON);
     assert.equal(await program.exitStatus(), 0);
   });
 
-  test("a second signal after more than half a second ends it at once", async () => {
-    const program = startProgram(["--port", "0"]);
-    await Raw.open(await program.port()); // it does not answer the close frame
+  test("a second signal after more than half a second ends the server at once", async () => {
+    const source = readFileSync(join(here, "server.ts"), "utf8");
+    const patient = source.replace("stopSeconds: 1,", "stopSeconds: 20,");
+    const file = join(copyServer({ "server.ts": patient }), "server.ts");
+    const program = startProgram(["--port", "0"], {}, file);
+    const client = await RawClient.open(await program.port()); // does not answer the close frame
     program.signal("SIGTERM");
-    await sleep(700);
+    assert.equal(await client.closeReason(), STOP_REASON);
+    await sleep(600); // since the server has heard the first signal
     program.signal("SIGTERM");
     assert.equal(await program.exitStatus(), 1);
   }, !onDeno && "Bun does not wait for the clients, so it has stopped before");
 
-  test("stop() closes the connections with 1001 and frees the port", async () => {
-    const server = serve({ port: 0, hostname: "127.0.0.1", quiet: true });
-    const raw = await Raw.open(server.port);
+  /** Starts a task of deno.json in a process group of its own, as a shell does. */
+  function startTask(name: string): Program {
+    const program = new Program("deno", ["task", name, "--port", "0"], {}, { detached: true });
+    cleanups.push(() => interrupt(program, "SIGKILL"));
+    return program;
+  }
+
+  /** Sends a signal to each process of a task, as a terminal does at Ctrl+C. */
+  function interrupt(program: Program, signal: "SIGINT" | "SIGKILL"): void {
+    try {
+      process.kill(-program.child.pid!, signal);
+    } catch (error) {
+      if ((error as { code?: string }).code !== "ESRCH") throw error; // they have ended already
+    }
+  }
+
+  for (const task of ["start", "dev"]) {
+    test(`Ctrl+C under deno task ${task} closes all clients with 1001, status 0`, async () => {
+      const program = startTask(task);
+      const client = await RawClient.open(await program.port());
+      interrupt(program, "SIGINT");
+      assert.equal(await client.closeReason(), STOP_REASON);
+      assert.equal(await program.exitStatus(), 0);
+      assert.doesNotMatch(program.err, /error|rejection|not reachable/i);
+    }, !onDeno && "deno task runs the server on Deno");
+  }
+
+  test("stop() closes all clients with 1001 and frees the port", async () => {
+    const server = startServer();
+    const client = await RawClient.open(server.port);
     await server.stop();
-    assert.equal(await raw.closeReason(), "1001 the server is stopping");
+    assert.equal(await client.closeReason(), STOP_REASON);
     await assertServes(listen({ port: server.port }));
   });
+
+  test("stop() while Deno has no file descriptors left is not followed by a restart", async () => {
+    const denoServe = Deno.serve;
+    cleanups.push(() => Deno.serve = denoServe);
+    let starts = 0;
+    const serveAndFail = (options: Deno.ServeTcpOptions, handler: Deno.ServeHandler) => {
+      starts++;
+      const server = denoServe(options, handler);
+      const finished = Promise.reject(new Error("Too many open files"));
+      return { addr: server.addr, finished, shutdown: () => server.shutdown() };
+    };
+    Deno.serve = serveAndFail as unknown as typeof Deno.serve;
+    const server = startServer();
+    await server.stop();
+    await sleep(300); // a restart would take 50 ms
+    assert.equal(starts, 1);
+  }, !onDeno && "Bun does not stop listening");
 });
 
 // ---- The page --------------------------------------------------------------------------------
@@ -2806,12 +3231,12 @@ async function runCommands(block: Block): Promise<void> {
 const isTestCommand = (command: string) => command.endsWith(" server_test.ts");
 
 /** Connects to a server that a command has started, and gets a message reversed. */
-async function askHello(url: string, folder: string): Promise<Raw> {
+async function askHello(url: string, folder: string): Promise<RawClient> {
   const port = Number(new URL(url).port);
   const ca = () => readFileSync(join(folder, "cert.pem"));
   const raw = url.startsWith("https:")
-    ? new Raw(connectTls({ port, host: "127.0.0.1", servername: "localhost", ca: ca() }))
-    : Raw.to(port);
+    ? new RawClient(connectTls({ port, host: "127.0.0.1", servername: "localhost", ca: ca() }))
+    : RawClient.to(port);
   raw.socket.write(handshake());
   assert.equal((await raw.nextResponse())?.status, 101);
   assert.equal(await raw.ask("Hello, world!"), "!dlrow ,olleH");
@@ -2836,7 +3261,7 @@ async function runReadmeProgram({ code, output }: Block): Promise<void> {
 async function trySubprotocol({ code, output }: Block): Promise<void> {
   const folder = projectOfReader(0);
   const port = await startProgram(["--port", "0"], {}, join(folder, "server.ts")).port();
-  const raw = await Raw.open(port, code.match(/^"(\w+)"/)![1]);
+  const raw = await RawClient.open(port, code.match(/^"(\w+)"/)![1]);
   raw.socket.write(Buffer.concat([encodeFrame(TEXT, "hello"), closeFrame(1000)]));
   let received = "";
   for (let frame; (frame = await raw.nextFrame()) && frame.opcode === TEXT;) {
@@ -2875,7 +3300,7 @@ async function tryNginx({ code }: Block): Promise<void> {
 
   const page = await request(port, "GET /echo/ HTTP/1.1\r\nHost: localhost\r\n\r\n");
   assert.equal(page.status, 200);
-  const raw = Raw.to(port);
+  const raw = RawClient.to(port);
   raw.socket.write(handshake({}, "GET /echo/ HTTP/1.1"));
   assert.equal((await raw.nextResponse())?.status, 101);
   assert.equal(await raw.ask("Hello, world!"), "!dlrow ,olleH");
