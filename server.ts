@@ -1166,23 +1166,31 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// Two places to work in, as bytes, as numbers of 8 bytes and as UTF-16 units. They grow with the
-// longest text so far. `source` begins with 8 zeros (see `reverseAscii`).
+// A text is taken apart in `source` and put together in `target`. Both are seen as bytes and as numbers
+// of 8 bytes, `target` as UTF-16 units, too. They grow with the longest text so far. `source` begins
+// with 8 zeros (see `reverseAscii`).
 let source = Buffer.alloc(0);
 let target = Buffer.alloc(0);
 let sourceNumbers = new DataView(source.buffer);
 let targetNumbers = new DataView(target.buffer);
 let targetUnits = new Uint16Array(target.buffer, 0, 0);
 
+/**
+ * `target` does not begin where its memory begins. The memory and a new string of 64 KiB both begin at
+ * the border of a memory page, and to copy between two such places took Bun 33 µs instead of 5 µs.
+ */
+const TARGET_OFFSET = 512;
+
 /** Makes room for a text of so many units, and for 16 bytes more (see `reverseAscii`). */
 function growBuffers(unitCount: number): void {
   const size = 2 * unitCount + 16;
   if (target.length >= size) return;
+  const targetMemory = new ArrayBuffer(TARGET_OFFSET + 2 * size);
   source = Buffer.alloc(2 * size);
-  target = Buffer.alloc(2 * size);
+  target = Buffer.from(targetMemory, TARGET_OFFSET);
   sourceNumbers = new DataView(source.buffer);
-  targetNumbers = new DataView(target.buffer);
-  targetUnits = new Uint16Array(target.buffer);
+  targetNumbers = new DataView(targetMemory, TARGET_OFFSET);
+  targetUnits = new Uint16Array(targetMemory, TARGET_OFFSET);
 }
 
 /**
@@ -1192,33 +1200,45 @@ function growBuffers(unitCount: number): void {
  * Eight bytes at a time are read as a number whose last byte comes first (little-endian) and written
  * with its first byte first, from the end of the text to its beginning. The last number may begin in
  * the 8 zeros, which land behind the text. Numbers of ASCII are never NaN, whose bits might change.
- * For 64 KiB this takes 7 to 10 µs, the native reverse() 13 µs.
+ * For 64 KiB this loop takes 7 to 15 µs, the native reverse() 13 to 55 µs.
  */
 function reverseAscii(text: string): string | undefined {
   const byteCount = source.write(text, 8);
   if (byteCount !== text.length || text.includes("\r")) return undefined;
-  for (let to = 0; to < byteCount; to += 8) {
-    const eightBytes = sourceNumbers.getFloat64(byteCount - to, true);
-    targetNumbers.setFloat64(to, eightBytes);
+  for (let written = 0; written < byteCount; written += 8) {
+    const eightBytes = sourceNumbers.getFloat64(byteCount - written, true);
+    targetNumbers.setFloat64(written, eightBytes);
   }
   return target.toString("latin1", 0, byteCount);
 }
 
-/** Reverses any text. A unit that is not plain is moved with the whole cluster that it is in. */
+/**
+ * Reverses any text. A unit that is not plain is moved together with the whole cluster that it is in,
+ * which may have begun before it.
+ */
 function reverseClusters(text: string): string {
   let segments: Intl.Segments | undefined; // most texts need none, and to make them takes time
-  for (let i = 0; i < text.length; i++) {
-    targetUnits[text.length - 1 - i] = text.charCodeAt(i);
-    if (isPlain(text, i)) continue;
-    segments ??= segmenter.segment(text);
-    const { index, segment } = segments.containing(i)!;
-    const end = index + segment.length;
-    for (let from = index; from < end; from++) {
-      targetUnits[text.length - end + from - index] = text.charCodeAt(from);
+  let index = 0;
+  while (index < text.length) {
+    if (isPlain(text, index)) {
+      targetUnits[text.length - 1 - index] = text.charCodeAt(index);
+      index++;
+      continue;
     }
-    i = end - 1;
+    segments ??= segmenter.segment(text);
+    const cluster = segments.containing(index)!;
+    const end = cluster.index + cluster.segment.length;
+    copyUnits(cluster.segment, text.length - end);
+    index = end;
   }
   return target.toString("utf16le", 0, 2 * text.length);
+}
+
+/** Copies the units of a cluster to a place in `target`, in the same order. */
+function copyUnits(cluster: string, place: number): void {
+  for (let index = 0; index < cluster.length; index++) {
+    targetUnits[place + index] = cluster.charCodeAt(index);
+  }
 }
 
 const PLAIN = 1;
