@@ -906,6 +906,7 @@ describe("the subprotocols", () => {
     "what?": /close CODE REASON.*headers, help$/,
     "delay 60001 x": /at most 60000/,
     "delay x y": /at most 60000/,
+    [`delay 1 ${"x".repeat(1001)}`]: /at most 1000 characters/,
     "repeat 99999999 x": /at most \d+ times/,
     "repeat 1.5 x": /at most \d+ times/,
     "bytes 1048577": /at most 1048576/,
@@ -1838,26 +1839,30 @@ describe("slow readers", () => {
   );
 
   for (const size of [65_536, 16, 0]) {
-    test(`a client that floods ${size} bytes and does not read is closed with 1008`, async () => {
-      let isClosed = false;
-      const echo: Subprotocol = (connection) => {
-        connection.onclose = () => void (isClosed = true);
-        return (message) => message;
-      };
-      const port = listenWith(echo, { limits: { unreadBytes: 4 * 1024 * 1024 } });
-      const other = await RawClient.open(port);
-      const flooding = await RawClient.open(port, "added");
-      flooding.socket.pause();
-      const messages = Array(size > 16 ? 4 : 5000).fill(new Uint8Array(size));
-      for (let i = 0; i < 500 && !isClosed; i++) {
-        flooding.send(...messages);
+    test(
+      `a client that floods messages of ${size} bytes and does not read is closed`,
+      async () => {
+        let isClosed = false;
+        const echo: Subprotocol = (connection) => {
+          connection.onclose = () => void (isClosed = true);
+          return (message) => message;
+        };
+        const port = listenWith(echo, { limits: { unreadBytes: 4 * 1024 * 1024 } });
+        const other = await RawClient.open(port);
+        const flooding = await RawClient.open(port, "added");
+        flooding.socket.pause();
+        const messages = Array(size > 16 ? 4 : 5000).fill(new Uint8Array(size));
+        for (let i = 0; i < 500 && !isClosed; i++) {
+          flooding.send(...messages);
+          await assertReplies(other);
+        }
+        assert.ok(isClosed, "it was not closed");
         await assertReplies(other);
-      }
-      assert.ok(isClosed, "it was not closed");
-      await assertReplies(other);
-      flooding.socket.resume();
-      assert.match(await flooding.closeReason(), /^1008 .|^cut$/); // the flood may go on meanwhile
-    }, pauses);
+        flooding.socket.resume();
+        assert.match(await flooding.closeReason(), /^1008 .|^cut$/); // the flood may go on meanwhile
+      },
+      pauses,
+    );
   }
 
   test("a client that floods and does not read is closed with 1008 after idleSeconds", async () => {
@@ -1917,6 +1922,32 @@ describe("slow readers", () => {
     assert.ok(sent > 8 && sent < 40, `${sent} MiB, of which the kernel holds some`);
     client.socket.resume();
     assert.match(await client.closeReason(), /^1008 ./);
+  });
+
+  test("what a client has left unread counts no more once the client is gone", async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    let ended = 0;
+    const sixMegabytes: Subprotocol = (connection) => {
+      connection.onclose = () => {
+        ended++;
+        if (ended === 8) resolve();
+      };
+      return () => {
+        for (let i = 0; i < 60; i++) connection.send(new Uint8Array(100_000));
+      };
+    };
+    const port = listenWith(sixMegabytes, { limits: { allUnreadBytes: 16 * 1024 * 1024 } });
+    for (let i = 0; i < 8; i++) {
+      const silent = await RawClient.open(port, "added");
+      silent.send("go");
+      await silent.nextFrame();
+      silent.socket.resetAndDestroy();
+    }
+    await promise;
+    const reading = await connect(port, "added");
+    const received = collect(reading, 60);
+    reading.send("go");
+    await received;
   });
 
   test("when all clients together leave too much unread, those behind are closed", async () => {
