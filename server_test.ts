@@ -2008,6 +2008,24 @@ describe("the number of connections", () => {
     await eventually(() => assertServes(port), "there is room");
   }, !onDeno && "Bun itself ends the TCP connection of such a client");
 
+  test("a client that was cut off with much unread still counts, as its memory does", async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const echo: Subprotocol = (connection) => {
+      connection.onclose = resolve;
+      return (message) => message;
+    };
+    const port = listenWith(echo, { limits: { connections: 1, unreadBytes: 1024 * 1024 } });
+    const client = await RawClient.open(port, "added");
+    client.socket.pause();
+    client.send(...Array(200).fill(new Uint8Array(100_000)));
+    await promise;
+    for (let i = 0; i < 20; i++) {
+      client.send("Deno cuts the connection when it has sent the close frame and gets this");
+      await sleep(100);
+      await assertFull(port);
+    }
+  }, !onDeno && "Bun keeps nothing of such a client");
+
   test("of twenty handshakes at once, no more stay than there is room for", async () => {
     const port = listen({ limits: { connections: 3 } });
     const clients = Array.from({ length: 20 }, () => RawClient.to(port));
@@ -3338,10 +3356,14 @@ class Terminal {
     }
   }
 
-  /** Waits until it says where it listens; gives undefined if it ends instead. */
-  url(): Promise<string | undefined> {
-    const pattern = /\w+:\/\/localhost:\d+\/$/m;
+  /** Waits until it has printed a match; returns undefined if it ends instead. */
+  find(pattern: RegExp): Promise<string | undefined> {
     return until(this.#child.stdout!, () => this.stdout.match(pattern)?.[0]);
+  }
+
+  /** Waits until it says where it listens; returns undefined if it ends instead. */
+  url(): Promise<string | undefined> {
+    return this.find(/\w+:\/\/localhost:\d+\/$/m);
   }
 
   async stopWithCtrlC(): Promise<void> {
@@ -3548,6 +3570,15 @@ describe("the README", () => {
     const outputs = readmeBlocks.filter(({ output }) => output !== undefined);
     assert.equal(fences.length, 2 * (readmeBlocks.length + outputs.length));
   });
+
+  const curl = readmeBlocks.find(({ code }) => code.startsWith("curl "))!;
+  test("the curl command is refused for nothing but its subprotocol", async () => {
+    const command = `${curl.code.trimEnd()} --verbose 2>&1`
+      .replace("localhost:9000", `localhost:${listen()}`)
+      .replace("unknown", NAME);
+    const terminal = new Terminal(command, here, 0);
+    assert.ok(await terminal.find(/^< HTTP\/1.1 101 /m), terminal.stdout);
+  }, reasonToSkip(curl));
 
   test("each command can be pasted into zsh: no comments, no unquoted patterns", () => {
     for (const { code, line } of readmeBlocks.filter(isShell)) {
