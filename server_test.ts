@@ -2010,14 +2010,16 @@ describe("the number of connections", () => {
 
   test("a client that was cut off with much unread still counts, as its memory does", async () => {
     const { promise, resolve } = Promise.withResolvers<void>();
-    const echo: Subprotocol = (connection) => {
+    const port = listenWith((connection) => {
       connection.onclose = resolve;
-      return (message) => message;
-    };
-    const port = listenWith(echo, { limits: { connections: 1, unreadBytes: 1024 * 1024 } });
+      return () => {
+        connection.send(new Uint8Array(20_000_000)); // more than the kernel's buffers hold
+        connection.send("closes the connection, since too much is unread");
+      };
+    }, { limits: { connections: 1, unreadBytes: 1024 * 1024 } });
     const client = await RawClient.open(port, "added");
     client.socket.pause();
-    client.send(...Array(200).fill(new Uint8Array(100_000)));
+    client.send("go");
     await promise;
     for (let i = 0; i < 20; i++) {
       client.send("Deno cuts the connection when it has sent the close frame and gets this");
