@@ -32,7 +32,6 @@ import {
   cpSync,
   existsSync,
   mkdtempSync,
-  readdirSync,
   readFileSync,
   rmSync,
   writeFileSync,
@@ -3314,24 +3313,31 @@ const isTest = ({ introduction }: Block) => introduction.includes("end of `serve
 /** Makes a copy of the project as it is for somebody who did all that the README says. */
 function projectOfReader(port: number): string {
   const folder = temporaryFolder();
-  for (const file of readdirSync(here)) {
-    if (file === ".git" || file === "node_modules") continue;
-    cpSync(join(here, file), join(folder, file), { recursive: true });
-  }
+  const files = ["README.md", "deno.json", "index.html", "server.ts", "server_test.ts", ".ci"];
+  for (const file of files) cpSync(join(here, file), join(folder, file), { recursive: true });
   for (const block of readmeBlocks) {
     const name = fileName(block);
     if (name) writeFileSync(join(folder, name), block.code.replaceAll("9001", String(port)));
-    if (isTest(block)) appendFileSync(join(folder, "server_test.ts"), `\n${block.code}`);
+    if (isTest(block)) addTest(folder, block.code);
     if (isSubprotocol(block)) addToTable(folder, block.code);
   }
   return folder;
 }
 
+function addTest(folder: string, code: string): void {
+  const file = join(folder, "server_test.ts");
+  const isThereAlready = readFileSync(file, "utf8").includes(code);
+  if (!isThereAlready) appendFileSync(file, `\n${code}`);
+}
+
 function addToTable(folder: string, code: string): void {
-  const file = join(folder, "server.ts"), source = readFileSync(file, "utf8");
+  const file = join(folder, "server.ts");
+  const source = readFileSync(file, "utf8");
+  const entry = code.replace(/^(?=.)/gm, "  ");
+  if (source.includes(entry)) return;
   const table = "export const subprotocols: Record<string, Subprotocol> = {\n";
   assert.ok(source.includes(table), "server.ts has a table of subprotocols");
-  writeFileSync(file, source.replace(table, table + code.replace(/^(?=.)/gm, "  ")));
+  writeFileSync(file, source.replace(table, () => table + entry));
 }
 
 /** A command in a terminal, where Ctrl+C reaches all processes of the command. */
@@ -3404,6 +3410,13 @@ function ownCommands({ code }: Block): string[] {
   return isForOther ? [] : commands.filter((command) => !isFor(otherRuntime)(command));
 }
 
+/** Starts a server with the subprotocols of the README, without those that were added since. */
+function listenAsInReadme(): number {
+  const entries = Object.entries(subprotocols);
+  const inReadme = entries.filter(([name]) => readme.includes(`\n| \`${name}\``));
+  return listen({ subprotocols: Object.fromEntries(inReadme) });
+}
+
 /** Runs the commands of a block one after the other. */
 async function runCommands(block: Block): Promise<void> {
   const port = await freePort();
@@ -3413,7 +3426,7 @@ async function runCommands(block: Block): Promise<void> {
     await new Terminal(makeCertificate, folder, port).endsWell();
   }
   for (const command of ownCommands(block)) {
-    const text = command.replaceAll("localhost:9000", `localhost:${listen()}`);
+    const text = command.replaceAll("localhost:9000", `localhost:${listenAsInReadme()}`);
     const terminal = new Terminal(text, folder, port);
     const url = await terminal.url();
     if (!url) {
