@@ -190,6 +190,7 @@ class Program {
   }
 }
 
+// With these arguments, the runtime runs a file as `deno task start` does; certificates need reading.
 const denoArgs = ["run", "--no-prompt", "--allow-net", "--allow-read", "--allow-env=PORT"];
 const runtimeArgs = onDeno ? denoArgs : [];
 
@@ -423,6 +424,7 @@ function encodeFrameHead(length: number): Buffer {
   return head;
 }
 
+/** Encodes a close frame without a reason. */
 function closeFrame(code: number): Buffer {
   return encodeFrame(CLOSE, Uint8Array.of(code >> 8, code & 255));
 }
@@ -1632,6 +1634,7 @@ describe("serve()", () => {
       import { serve } from "./server.ts";
       serve({ port: 0, quiet: true });
       setTimeout(() => { throw new Error("thrown by a timer"); });
+      setTimeout(() => process.exit(0), 5000); // if the exception has not ended it
     `);
     assert.equal(await program.exitStatus(), 1);
     assert.match(program.err, /thrown by a timer/);
@@ -2841,6 +2844,15 @@ describePage("the page", () => {
     await shows(view, `${textOf("error")} === ""`);
   });
 
+  pageTest("refuses a message while 64 MiB are waiting, and keeps it in the field", async () => {
+    const view = await browse(`http://localhost:${listen()}/?server=ws://127.0.0.1:1/`);
+    await submit(view, `"x".repeat(64 * 1024 * 1024 + 1)`);
+    await shows(view, notice("1 message waiting"));
+    await submit(view, `"one more"`);
+    await shows(view, includes("error", "Too much is waiting"), "message.value === 'one more'");
+    await shows(view, notice("1 message waiting"));
+  });
+
   pageTest("writes whole texts of both directions to the console", async () => {
     const view = await browseConnected();
     await view.evaluate(recordConsole);
@@ -3152,6 +3164,19 @@ for (const runtime of ["Deno", "Bun"] as const) {
       await shows(view, row(new RegExp(`Times 500, 5 bytes: ${figures}`)));
       await shows(view, "log.querySelectorAll('svg path').length === 1", `${rows(/[→←]/)} === 0`);
       await shows(view, "log.children.length === 2", "run.textContent === 'Send N times'");
+    });
+
+    pageTest("computes the figures of Times N from the round trips in the console", async () => {
+      const view = await browseNew();
+      await view.evaluate(recordConsole);
+      await runTimes(view, "Hello", 150);
+      await shows(view, row(/Times 150/), "printed.some(Array.isArray)");
+      const roundTrips = await view.evaluate("printed.find(Array.isArray)") as number[];
+      const sorted = roundTrips.toSorted((a, b) => a - b).map((time) => `${time.toFixed(1)} ms`);
+      assert.equal(sorted.length, 150);
+      const [median, nearlyLongest, longest] = [sorted[74], sorted[148], sorted[149]];
+      const figures = `median ${median}, 99th percentile ${nearlyLongest}, longest ${longest}`;
+      await shows(view, logged(figures));
     });
 
     pageTest("can stop Times N, and goes on as before", async () => {
