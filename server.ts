@@ -1,9 +1,9 @@
 /**
  * A WebSocket server for Deno and Bun that answers each message with the message reversed.
  *
- * Read it from the top; the parts follow the way of the data. (1) The subprotocols and the limits.
- * (2) A request becomes a page, a refusal or a connection. (3) A connection. (4) Deno and Bun side by
- * side. (5) How the server starts and stops. (6) How a message is reversed.
+ * Read it from the top: first what you would change, then how it works. (1) The subprotocols and
+ * the limits. (2) A request becomes a page, a refusal or a connection. (3) A connection. (4) Deno
+ * and Bun, side by side. (5) How the server starts and stops. (6) How a message is reversed.
  */
 import { Buffer } from "node:buffer";
 import { createPrivateKey, hash, X509Certificate } from "node:crypto";
@@ -14,9 +14,9 @@ import { inspect, parseArgs } from "node:util";
 import indexHtml from "./index.html" with { type: "text" };
 
 // ---- 1. What the server says --------------------------------------------------------------------
-// Many subprotocols live on one port, each independent of the others. A client names the one that it
-// wants to speak. A subprotocol is a function: it is called with each new connection and returns the
-// function that answers the messages of this connection.
+// Many subprotocols live on one port, each independent of the others. A client names the one that
+// it wants to speak. A subprotocol is a function: it is called with each new connection and returns
+// the function that answers the messages of this connection.
 
 /** The text of a text message, or the bytes of a binary message. */
 export type Message = string | Uint8Array<ArrayBuffer>;
@@ -26,18 +26,21 @@ export type MessageHandler = (message: Message) => Message | void;
 
 /**
  * Begins a conversation: returns what answers the messages of this connection, or nothing if they
- * need no answer. Must not be async. If it or the handler throws, the connection is closed with 1011.
+ * need no answer. Must not be async. If it or the handler throws, the connection is closed with
+ * 1011. Errors that timers throw are not caught here; `main` logs them.
  */
 export type Subprotocol = (connection: Connection, handshake: Handshake) => MessageHandler | void;
 
-/** From the name of a subprotocol to the subprotocol. To add one, add an entry. */
+/** The subprotocols by name. To add one, add an entry. */
 export const subprotocols: Record<string, Subprotocol> = {
-  "dumb-increment-protocol": () => reverse,
+  "dumb-increment-protocol": () => reverse, // the name in the tutorial that the README thanks
   "echo": () => (message) => message,
   "count": count,
   "chat": chat,
   "on-demand": onDemand,
 };
+
+type Timer = ReturnType<typeof setTimeout>;
 
 /** Sends "1", "2", "3", one a second. The message "reset" starts again. */
 function count(connection: Connection): MessageHandler {
@@ -86,7 +89,10 @@ function onDemand(connection: Connection, handshake: Handshake): MessageHandler 
   };
 }
 
-/** Parses "delay 500 hello" as command, number and text. A number that is missing is Infinity. */
+/**
+ * Parses a command such as "delay 500 hello": a word, a whole number and a text. A missing number
+ * is Infinity, which is more than any command allows.
+ */
 function parseCommand(message: string): { command: string; number: number; text: string } {
   const parts = /^(\w+)(?: (\d+)(?= |$))?(?: (.*))?$/s.exec(message);
   const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
@@ -113,8 +119,9 @@ function delay(connection: Connection, timers: Set<Timer>, milliseconds: number,
   timers.add(timer);
 }
 
+/** Sends a text many times. All together may fill half of what a client may leave unread. */
 function repeat(connection: Connection, times: number, text: string): string | void {
-  const mostTimes = Math.floor(connection.limits.unreadBytes / 2 / queuedSize(text));
+  const mostTimes = Math.floor(connection.limits.unreadBytes / 2 / memorySize(text));
   if (times > mostTimes) return `repeat TIMES TEXT: this text at most ${mostTimes} times`;
   for (let i = 0; i < times; i++) connection.send(text);
 }
@@ -125,23 +132,31 @@ function zeroBytes(connection: Connection, count: number): Message {
   return new Uint8Array(count);
 }
 
-function describeHandshake(handshake: Handshake): string {
-  const headers = Object.fromEntries(handshake.headers);
-  return JSON.stringify({ ...handshake, headers });
+function describeHandshake({ address, requestLine, headers }: Handshake): string {
+  return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
 }
 
 /** The limits of a server. `serve({ limits: { ... } })` replaces some of them. */
 export const limits = {
   /** The longest message, in bytes (of text: of UTF-8). A longer one closes with 1009. */
   messageBytes: 1024 * 1024,
-  /** The memory for what one client has not read yet. A client over it is closed with 1008. */
+  /**
+   * The memory for what one client has not read, in bytes. A client that has left more unread is
+   * closed with 1008 when the next message is to be sent to it.
+   */
   unreadBytes: 20 * 1024 * 1024,
-  /** The memory for what all clients have not read yet. Over it, those with a backlog are closed. */
+  /**
+   * The same for all clients together. Over it, clients with more than 64 KiB unread are closed.
+   */
   allUnreadBytes: 128 * 1024 * 1024,
   /** Connections at the same time. Further handshakes are refused with 503. */
   connections: 10_000,
-  /** Seconds until a connection without a sign of life is ended. A pong is a sign of life. */
-  idleSeconds: 108, // Deno needs a whole message as a sign: 1 MiB takes 84 s at 100 kbit/s
+  /**
+   * Seconds until a connection without a sign of life is ended. The runtimes send pings; a pong is
+   * a sign of life. So is a message, but on Deno only when it is complete: 1 MiB takes 84 s at 100
+   * kbit/s. Longer messages need a longer time.
+   */
+  idleSeconds: 108,
   /** Seconds that a stopping server waits for its clients to answer the close frame. */
   stopSeconds: 1,
 };
@@ -149,33 +164,36 @@ export const limits = {
 export type Limits = typeof limits;
 
 /** The least and the greatest value of some limits. The others may be 1 to 2 ** 40. */
-const limitRanges: { [Name in keyof Limits]?: [least: number, most: number] } = {
-  messageBytes: [1, 64 * 1024 * 1024 - 1], // Deno cuts a frame of 64 MiB without a close frame
+const limitRanges: Partial<Record<keyof Limits, [least: number, most: number]>> = {
+  messageBytes: [1, 64 * 1024 * 1024 - 1], // Deno ends the connection at a frame of 64 MiB
   idleSeconds: [8, 960], // Bun accepts no others
   stopSeconds: [0, 3600],
 };
 
-/** Deno needs about so much memory for each queued message, besides its bytes. */
+/** About the memory that Deno needs for each queued message, besides its bytes. */
 const QUEUED_MESSAGE_BYTES = 1024;
 
-/** The memory that a message takes while a client has not read it. */
-function queuedSize(message: Message): number {
+/** The memory that a message takes until its client reads it, in bytes. */
+function memorySize(message: Message): number {
   return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
 }
 
 // ---- 2. How a request becomes a page, a refusal or a connection ---------------------------------
-// A WebSocket begins with an HTTP request, the handshake. The server answers it with status 101, and
-// from then on the two sides exchange messages over the same TCP connection. The handshake is checked
-// here, before the runtime looks at it, so that Deno and Bun refuse the same with the same words. Only
-// what a runtime refuses by itself never comes here: two Host headers, a handshake with a body (Deno),
-// HTTP/1.1 without Host, an unknown method, OPTIONS * (Bun). HTTP/1.0 cannot be told from HTTP/1.1.
+// A WebSocket begins with an HTTP request, the handshake. The server answers it with status 101,
+// and from then on the two sides exchange messages over the same TCP connection. The handshake is
+// checked here, before the runtime looks at it, so that Deno and Bun refuse the same with the same
+// words.
+//
+// Some requests never come here, because a runtime refuses them by itself: Deno those with two Host
+// headers and handshakes with a body, Bun those in HTTP/1.1 without a Host header, with an unknown
+// method, and "OPTIONS *". A request in HTTP/1.0 cannot be told from one in HTTP/1.1.
 
-/** A handshake as it arrived. A proxy on the way may have changed it. */
+/** What a client sent to begin its connection. A proxy on the way may have changed it. */
 export interface Handshake {
   /** The IP address and port of the client or, behind a proxy, of the proxy. */
   readonly address: string;
-  /** The request line, such as "GET /path HTTP/1.1". */
-  readonly request: string;
+  /** The request line, such as "GET /path HTTP/1.1". It is rebuilt from the URL. */
+  readonly requestLine: string;
   readonly headers: Headers;
 }
 
@@ -184,23 +202,23 @@ function answer(request: Request, address: string, state: ServerState): Response
   const { method, headers } = request;
   const header = (name: string) => headers.get(name) ?? "";
 
+  // Browsers do not tell why a handshake was refused, so the log does.
+  function refuse(status: number, reason: string, moreHeaders?: Record<string, string>): Response {
+    state.log?.(() => `refused: ${address}, ${status}, ${reason}`);
+    return textResponse(status, reason, moreHeaders);
+  }
+
   const url = URL.parse(request.url);
   const isHostValid = /^[\w.:[\]-]*$/.test(header("host"));
-  if (!url || !isHostValid) return textResponse(400, "The URL or the Host header is not valid.");
+  if (!url || !isHostValid) return refuse(400, "The URL or the Host header is not valid.");
 
-  // A proxy may have removed one of the two headers.
+  // One of the two headers is enough. If a proxy has removed the other, the refusals below say so.
   const isHandshake = hasToken(header("upgrade"), "websocket") || headers.has("sec-websocket-key");
   if (!isHandshake) {
     const isAllowed = method === "GET" || method === "HEAD";
     if (!isAllowed) return textResponse(405, "Use GET.", { allow: "GET, HEAD" });
     if (url.pathname !== "/") return textResponse(404, "The page is at /.");
     return new Response(page, { headers: pageHeaders });
-  }
-
-  // Browsers do not tell why a handshake was refused, so the log does.
-  function refuse(status: number, reason: string, moreHeaders?: Record<string, string>): Response {
-    state.log?.(() => `refused: ${address}, ${status}, ${reason}`);
-    return textResponse(status, reason, moreHeaders);
   }
 
   // RFC 6455 section 4.2.1 says what a handshake must contain.
@@ -215,11 +233,12 @@ function answer(request: Request, address: string, state: ServerState): Response
   if (headers.has("content-length") || headers.has("transfer-encoding")) {
     return refuse(400, "A handshake must not have a body.");
   }
-  if (headers.has("origin") && state.origins?.includes(header("origin")) === false) {
+  const origin = headers.get("origin");
+  if (state.origins && origin !== null && !state.origins.includes(origin)) {
     return refuse(403, "Pages of this origin may not connect.");
   }
-  const subprotocol = selectSubprotocol(headers.get("sec-websocket-protocol"), state);
-  if (!subprotocol) {
+  const subprotocolName = selectSubprotocol(headers.get("sec-websocket-protocol"), state);
+  if (!subprotocolName) {
     const names = Object.keys(state.subprotocols).join(", ");
     return refuse(400, `Sec-WebSocket-Protocol must offer one of: ${names}.`);
   }
@@ -235,14 +254,14 @@ function answer(request: Request, address: string, state: ServerState): Response
   }
 
   const requestLine = `GET ${url.pathname}${url.search} HTTP/1.1`;
-  return new Connection(subprotocol, { address, request: requestLine, headers }, state);
+  return new Connection(subprotocolName, { address, requestLine, headers }, state);
 }
 
-/** Selects the first offered subprotocol that the server speaks. Names are compared exactly. */
+/** Gives the name of the first offered subprotocol that the server speaks, compared exactly. */
 function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
   if (offers === null) return state.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
-  // The name out of the table, since the one out of the header would keep the header in memory.
+  // The table's own string is kept: a part of the header would keep the whole header in memory.
   return Object.keys(state.subprotocols).find((name) => name === selected);
 }
 
@@ -293,22 +312,20 @@ function contentHash(element: "style" | "script"): string {
 }
 
 // ---- 3. A connection ----------------------------------------------------------------------------
-// A connection calls its subprotocol and keeps one client from harming the others. An exception ends
-// only the connection that it came from. So does a client that does not read: what it has not read
-// waits in the server's memory. To keep a sender from filling that memory is called backpressure. Bun
-// can stop reading from a client until the client has read its replies; Deno cannot (part 4 has both).
-// What neither can hold back, such as a chat, is bounded in `send`: a client with too much unread is
-// closed.
-
-type Timer = ReturnType<typeof setTimeout>;
+// A `Connection` calls its subprotocol and keeps one client from harming the others. If the
+// subprotocol throws, only this connection is closed. If a client does not read, its replies pile
+// up in the server's memory. To slow the sender down until they are read is called backpressure:
+// Bun can stop reading from such a client, Deno cannot (part 4). And some messages are caused by
+// others, such as those of a chat. So on both runtimes `send` closes a client that has left too
+// much unread.
 
 /** What a connection needs of a runtime's socket. */
 interface Socket {
   /** Sends a message, or queues it. */
   send(message: Message): void;
   /** The memory that the queued messages take, in bytes. */
-  unreadBytes(): number;
-  /** Sends a close frame, after what is queued. */
+  queuedMemory(): number;
+  /** Sends a close frame, behind the queued messages if the client reads them soon. */
   close(code: number, reason: string): void;
 }
 
@@ -318,30 +335,33 @@ interface ServerState {
   readonly subprotocols: Record<string, Subprotocol>;
   readonly defaultSubprotocol?: string;
   readonly origins?: string[];
-  /** Logs a line; undefined if the server is quiet. */
-  readonly log?: (line: () => string) => void;
+  /** Logs the line that is made; undefined if the server is quiet. */
+  readonly log?: (makeLine: () => string) => void;
   /**
-   * All connections until their TCP connection has ended: also those that were closed before. An array
-   * takes 100 bytes less for each connection than a Set.
+   * All connections until they have ended: also those that were closed, but whose client has not
+   * left. An array takes 100 bytes less for each connection than a Set, measured on Bun.
    */
   readonly connections: Connection[];
-  /** The sum of what the connections have left unread, each as it was when last measured. */
-  unreadBytes: number;
+  /** The sum of what is queued for all connections, each as it was when last measured. */
+  queuedMemory: number;
   isStopping: boolean;
 }
 
-/** A client may leave this much unread even when all together leave too much. */
+/**
+ * So much may be queued for a client without consequences. Above it, Bun stops reading from the
+ * client, and the client may be closed if all clients together have too much unread.
+ */
 const SMALL_BACKLOG_BYTES = 64 * 1024;
 
 const UNREAD_REASON = "too many unread messages";
+const STOP_REASON = "the server is stopping";
 
 /** One connection with a client, the same on both runtimes. */
 export class Connection {
   /** Is called once, when the client has left or the server has closed the connection. */
   onclose?: () => void;
 
-  /** The name of the subprotocol. */
-  readonly subprotocol: string;
+  readonly subprotocolName: string;
 
   /** The IP address and port of the client or, behind a proxy, of the proxy. */
   readonly address: string;
@@ -351,10 +371,10 @@ export class Connection {
   #socket?: Socket; // since it opened
   #handler?: MessageHandler;
   #isOpen = false;
-  #unreadBytes = 0; // when last measured
+  #queuedMemory = 0; // when last measured
 
-  constructor(subprotocol: string, handshake: Handshake, state: ServerState) {
-    this.subprotocol = subprotocol;
+  constructor(subprotocolName: string, handshake: Handshake, state: ServerState) {
+    this.subprotocolName = subprotocolName;
     this.address = handshake.address;
     this.#handshake = handshake;
     this.#state = state;
@@ -370,8 +390,8 @@ export class Connection {
    * than `limits.unreadBytes` is closed with 1008 instead. Throws a TypeError if it is no message.
    */
   send(message: Message): void {
-    this.#send(message);
-    this.#logAfterwards(() => `sending data: ${preview(message)}`);
+    const isSent = this.#send(message);
+    if (isSent) this.#logAfterwards(() => `sending data: ${preview(message)}`);
   }
 
   /**
@@ -395,11 +415,13 @@ export class Connection {
     this.#socket = socket;
     this.#isOpen = true;
     connections.push(this);
-    this.#state.log?.(() => `connected: ${this.address}, ${this.subprotocol}`);
+    this.#state.log?.(() => `connected: ${this.address}, ${this.subprotocolName}`);
     if (isStopping) return this.close(1001, STOP_REASON);
+    // Many handshakes at once may have passed `answer` before the first of them opened.
     if (connections.length > limits.connections) return this.close(1013, "try again later");
     try {
-      const handler = subprotocols[this.subprotocol](this, handshake);
+      const begin = subprotocols[this.subprotocolName];
+      const handler = begin(this, handshake);
       checkNotAsync(handler);
       this.#handler = handler ?? undefined;
     } catch (error) {
@@ -413,58 +435,63 @@ export class Connection {
     try {
       const reply = this.#handler?.(message);
       checkNotAsync(reply);
-      if (reply !== undefined) this.#send(reply);
-      this.#state.log?.(() => `received data: ${preview(message)}, replying: ${preview(reply)}`);
+      const isSent = reply !== undefined && this.#send(reply);
+      const shownReply = () => isSent ? preview(reply) : "(nothing)";
+      this.#state.log?.(() => `received data: ${preview(message)}, replying: ${shownReply()}`);
     } catch (error) {
       this.#state.log?.(() => `received data: ${preview(message)}, failing`);
       this.#fail(error, message);
     }
   }
 
-  /** The TCP connection has ended. Deno may tell so twice. */
+  /** The runtime has done with the connection. It may say so twice. */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
-    this.#setUnread(0);
+    this.#countQueuedMemory(0);
     const { connections } = this.#state;
     const index = connections.indexOf(this);
     if (index >= 0) connections.splice(index, 1);
   }
 
-  #send(message: Message): void {
+  /** Gives whether the message was sent. */
+  #send(message: Message): boolean {
     if (typeof message !== "string" && !(message instanceof Uint8Array)) {
       throw new TypeError("a message must be a string or a Uint8Array");
     }
-    if (!this.#isOpen) return;
-    if (this.#hasTooMuchUnread()) return this.close(1008, UNREAD_REASON);
+    if (this.#isOpen && this.#hasTooMuchUnread()) this.close(1008, UNREAD_REASON);
+    if (!this.#isOpen) return false;
     this.#socket!.send(message);
-    this.#measureUnread();
+    this.#measureQueuedMemory();
+    return true;
   }
 
-  /** The figures may be old, so they are measured again before a client is closed. */
+  /**
+   * What was measured before may be out of date. So it is measured again before a client is closed.
+   */
   #hasTooMuchUnread(): boolean {
     const { limits, connections } = this.#state;
-    if (this.#unreadBytes > limits.unreadBytes) this.#measureUnread();
-    if (this.#unreadBytes > limits.unreadBytes) return true;
+    if (this.#queuedMemory > limits.unreadBytes) this.#measureQueuedMemory();
+    if (this.#queuedMemory > limits.unreadBytes) return true;
 
-    if (this.#unreadBytes <= SMALL_BACKLOG_BYTES) return false;
-    if (this.#state.unreadBytes <= limits.allUnreadBytes) return false;
-    for (const connection of connections) connection.#measureUnread();
-    return this.#state.unreadBytes > limits.allUnreadBytes;
+    if (this.#queuedMemory <= SMALL_BACKLOG_BYTES) return false;
+    if (this.#state.queuedMemory <= limits.allUnreadBytes) return false;
+    for (const connection of connections) connection.#measureQueuedMemory();
+    return this.#state.queuedMemory > limits.allUnreadBytes;
   }
 
-  #measureUnread(): void {
-    this.#setUnread(this.#socket!.unreadBytes());
+  #measureQueuedMemory(): void {
+    this.#countQueuedMemory(this.#socket!.queuedMemory());
   }
 
-  #setUnread(unreadBytes: number): void {
-    this.#state.unreadBytes += unreadBytes - this.#unreadBytes;
-    this.#unreadBytes = unreadBytes;
+  #countQueuedMemory(bytes: number): void {
+    this.#state.queuedMemory += bytes - this.#queuedMemory;
+    this.#queuedMemory = bytes;
   }
 
   /** An exception in a subprotocol ends its connection and nothing else. */
   #fail(error: unknown, message?: Message): void {
     const cause = message === undefined ? "" : `, message: ${preview(message)}`;
-    report(`${this.address}, ${this.subprotocol}${cause}`, error);
+    report(`${this.address}, ${this.subprotocolName}${cause}`, error);
     this.close(1011, "internal error");
   }
 
@@ -477,15 +504,18 @@ export class Connection {
       try {
         checkNotAsync(this.onclose?.());
       } catch (error) {
-        report(`${this.address}, ${this.subprotocol}, onclose`, error);
+        report(`${this.address}, ${this.subprotocolName}, onclose`, error);
       }
     });
   }
 
-  /** What a message causes is logged after the line of the message. */
-  #logAfterwards(line: () => string): void {
+  /**
+   * Logs a moment later. `received` logs a message only when its handler has run, and the lines
+   * that the handler causes must stand below that of the message.
+   */
+  #logAfterwards(makeLine: () => string): void {
     const { log } = this.#state;
-    if (log) queueMicrotask(() => log(line));
+    if (log) queueMicrotask(() => log(makeLine));
   }
 }
 
@@ -493,11 +523,12 @@ export class Connection {
 function checkClose(code: number, reason: string): void {
   const isRegistered = (code >= 1000 && code <= 1003) || (code >= 1007 && code <= 1014);
   const isPrivate = code >= 3000 && code <= 4999;
-  const isCode = Number.isInteger(code) && (isRegistered || isPrivate);
-  if (isCode && Buffer.byteLength(reason) <= 123) return;
-  const rule = "the code must be 1000 to 1003, 1007 to 1014 or 3000 to 4999, " +
-    "and the reason at most 123 bytes long";
-  throw new RangeError(`close: ${rule}`);
+  const isCodeAllowed = Number.isInteger(code) && (isRegistered || isPrivate);
+  if (isCodeAllowed && Buffer.byteLength(reason) <= 123) return;
+  throw new RangeError(
+    "close: the code must be 1000 to 1003, 1007 to 1014 or 3000 to 4999, " +
+      "and the reason at most 123 bytes long",
+  );
 }
 
 /** Throws if a subprotocol has given a promise, for which nobody would wait. */
@@ -508,8 +539,8 @@ function checkNotAsync(result: unknown): void {
 }
 
 // ---- 4. The two runtimes, side by side ----------------------------------------------------------
-// Both ask `answer` about each request. They send a Response as it is. For a Connection they upgrade
-// the request, and tell the connection what happens to its socket.
+// Both ask `answer` about each request. They send a Response as it is. For a Connection they
+// upgrade the request, and tell the connection what happens to its socket.
 
 /** Where and how a runtime listens. */
 interface ListenOptions {
@@ -541,39 +572,11 @@ const denoRuntime: Runtime = {
 };
 
 function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer {
-  const { hostname, reusePort, tls } = options;
-  let isStopped = false;
-  let server = listen(options.port);
-  const { port } = server.addr;
-  return { port, stop };
-
-  function listen(port: number): Deno.HttpServer<Deno.NetAddr> {
-    const denoOptions = { port, hostname, reusePort, ...tls, onListen() {} };
-    const server = Deno.serve(denoOptions, handleRequest);
-    server.finished.catch(listenAgain);
-    return server;
-  }
-
-  /** Deno stops listening when no file descriptors are left. Open connections go on. */
-  async function listenAgain(): Promise<void> {
-    await sleep(50);
-    if (isStopped) return;
-    try {
-      server = listen(port);
-    } catch {
-      await listenAgain();
-    }
-  }
-
-  function stop(): Promise<void> {
-    isStopped = true;
-    return server.shutdown();
-  }
-
   function handleRequest(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
     const address = hostPort(info.remoteAddr.hostname, info.remoteAddr.port);
     const result = answer(request, address, state);
     if (result instanceof Response) return result;
+
     const { socket: webSocket, response } = upgradeOnDeno(request, result);
     const socket = new DenoSocket(webSocket, result);
     // Listeners take 1 KB less for each connection than onopen, onmessage and onclose.
@@ -582,43 +585,75 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     webSocket.addEventListener("close", ({ code }) => socket.closed(code));
     return response;
   }
+
+  function listen(port: number): Deno.HttpServer<Deno.NetAddr> {
+    const { hostname, reusePort, tls } = options;
+    const onListen = () => {}; // without it, Deno prints a line of its own
+    const server = Deno.serve({ port, hostname, reusePort, ...tls, onListen }, handleRequest);
+    server.finished.catch((error) => {
+      logError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
+      listenAgain();
+    });
+    return server;
+  }
+
+  let isStopped = false;
+  let server = listen(options.port);
+  const { port } = server.addr;
+
+  /** Deno stops listening when no file descriptors are left. Open connections go on. */
+  async function listenAgain(): Promise<void> {
+    await sleep(50);
+    if (isStopped) return;
+    try {
+      server = listen(port);
+    } catch { // there are still none
+      await listenAgain();
+    }
+  }
+
+  function stop(): Promise<void> {
+    isStopped = true;
+    return server.shutdown();
+  }
+  return { port, stop };
 }
 
 /**
  * Deno finds the subprotocol only among offers that are spelt "a, b", as browsers spell them. For
- * other spellings the header is set afterwards. Deno 2.5, which Deno Deploy documents, does not allow
- * that, so there such clients get no subprotocol. Deno 2.9 always allows it: once Deno Deploy has
- * that, `protocol` can go.
+ * other spellings the header is set afterwards. Deno 2.5, the version that Deno Deploy documents,
+ * forbids this, so these clients get no subprotocol there. Deno 2.9 allows it. When Deno Deploy has
+ * 2.9, leave out `protocol` and always set the header.
  */
 function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocketUpgrade {
-  const { subprotocol, limits } = connection;
+  const { subprotocolName, limits } = connection;
   const offers = request.headers.get("sec-websocket-protocol");
-  const isFoundByDeno = offers?.split(", ").includes(subprotocol);
-  const protocol = isFoundByDeno ? subprotocol : undefined;
+  const isFoundByDeno = offers?.split(", ").includes(subprotocolName);
+  const protocol = isFoundByDeno ? subprotocolName : undefined;
   const upgrade = Deno.upgradeWebSocket(request, { protocol, idleTimeout: limits.idleSeconds });
   if (offers !== null && !isFoundByDeno) {
     try {
-      upgrade.response.headers.set("sec-websocket-protocol", subprotocol);
+      upgrade.response.headers.set("sec-websocket-protocol", subprotocolName);
     } catch { // Deno 2.5
     }
   }
   return upgrade;
 }
 
-/** While a connection is closing: so often it is checked whether its client has read everything. */
+/** How often a closing connection checks whether its client has read everything. */
 const CLOSE_CHECK_MILLISECONDS = 20;
 
-/** A client that has read nothing for so long is not waited for. */
+/** How long a closing connection waits for a client that reads nothing. */
 const CLOSE_PATIENCE_MILLISECONDS = 500;
 
 /** Deno reads all that a client sends, and queues all that the client does not read. */
 class DenoSocket implements Socket {
   readonly #webSocket: WebSocket;
   readonly #connection: Connection;
-  #queuedSizes: number[] = []; // of the messages that may still wait, the oldest first
-  #queuedSum = 0; // of these sizes
+  readonly #queuedLengths: number[] = []; // in bytes, of messages that may still wait; oldest first
+  #queuedBytes = 0; // the sum of these
   #closing?: Closing; // from close() until the close frame is sent
-  #lostBytes = 0; // unread when the close frame was sent
+  #abandonedMemory = 0; // what was queued when the close frame was sent
 
   constructor(webSocket: WebSocket, connection: Connection) {
     this.#webSocket = webSocket;
@@ -629,8 +664,11 @@ class DenoSocket implements Socket {
     this.#connection.opened(this);
   }
 
-  /** Deno has no limit for the size of a message, so it is checked here. */
-  received(data: string | ArrayBuffer): void {
+  /**
+   * Deno cannot be told a limit for messages: it puts frames of less than 64 MiB together to a
+   * message of any length. So the length is checked here, when the message is already in memory.
+   */
+  received(data: string | ArrayBuffer): void { // Deno never gives a Blob here
     if (this.#closing) return this.#receivedLate(this.#closing);
     if (Buffer.byteLength(data) > this.#connection.limits.messageBytes) {
       return this.#connection.close(1009, "message too big");
@@ -639,60 +677,60 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * Deno has the code 0 for an end without a close frame. If it cut a client that had not read
-   * everything, it keeps that in memory until the client leaves, but does not tell when that is. So
-   * such a connection counts for a while longer.
+   * If the close frame was sent while messages were queued, Deno keeps them in memory until the
+   * client leaves, and does not tell when that is. So the connection is counted for `idleSeconds`
+   * more.
    */
   closed(code: number): void {
-    const end = () => this.#connection.ended(code || 1006);
-    if (this.#lostBytes === 0) return end();
+    const end = () => this.#connection.ended(code || 1006); // 0 is an end without a close frame
+    if (this.#abandonedMemory === 0) return end();
     Deno.unrefTimer(setTimeout(end, this.#connection.limits.idleSeconds * 1000));
   }
 
   send(message: Message): void {
-    const size = Buffer.byteLength(message);
-    this.#queuedSizes.push(size);
-    this.#queuedSum += size;
+    const length = Buffer.byteLength(message);
+    this.#queuedLengths.push(length);
+    this.#queuedBytes += length;
     this.#webSocket.send(message);
   }
 
   /**
    * Deno tells how many bytes wait, but not in how many messages. Messages leave in order, so the
-   * bytes that have left are those of the oldest messages. That an empty message has left is known
-   * only when a later one has.
+   * bytes that have left are those of the oldest messages. An empty message leaves no trace: it
+   * counts until a longer one behind it has left. So 20,000 empty replies in a row close a client.
    */
-  unreadBytes(): number {
-    if (this.#lostBytes > 0) return this.#lostBytes;
-    let leftSum = this.#queuedSum - this.#webSocket.bufferedAmount;
-    while (leftSum > 0 && leftSum >= this.#queuedSizes[0]) {
-      const size = this.#queuedSizes.shift()!;
-      leftSum -= size;
-      this.#queuedSum -= size;
+  queuedMemory(): number {
+    if (this.#abandonedMemory > 0) return this.#abandonedMemory;
+    let leftBytes = this.#queuedBytes - this.#webSocket.bufferedAmount;
+    while (leftBytes > 0 && leftBytes >= this.#queuedLengths[0]) {
+      const length = this.#queuedLengths.shift()!;
+      leftBytes -= length;
+      this.#queuedBytes -= length;
     }
-    return this.#queuedSum + this.#queuedSizes.length * QUEUED_MESSAGE_BYTES;
+    return this.#queuedBytes + this.#queuedLengths.length * QUEUED_MESSAGE_BYTES;
   }
 
   /**
    * Once Deno has been told to close, it cuts the connection at the next message that arrives, and
    * the client may never get the close frame. So the frame is sent when the client has read
-   * everything and is silent, or when it has not read for a while.
+   * everything and is silent, or when it has read nothing for a while.
    */
   close(code: number, reason: string): void {
     const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
-    this.#closing = { code, reason, deadline, unreadBytes: Infinity, isSilent: true };
+    this.#closing = { code, reason, deadline, bufferedAmount: Infinity, isSilent: true };
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
 
   #checkClosing(): void {
     const closing = this.#closing;
     if (!closing) return;
-    const unreadBytes = this.#webSocket.bufferedAmount;
-    if (unreadBytes === 0 && closing.isSilent) return this.#sendCloseFrame(closing);
+    const { bufferedAmount } = this.#webSocket;
+    if (bufferedAmount === 0 && closing.isSilent) return this.#sendCloseFrame(closing);
     if (Date.now() > closing.deadline) return this.#sendCloseFrame(closing);
 
-    const hasRead = unreadBytes < closing.unreadBytes;
+    const hasRead = bufferedAmount < closing.bufferedAmount;
     if (hasRead) closing.deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
-    closing.unreadBytes = unreadBytes;
+    closing.bufferedAmount = bufferedAmount;
     closing.isSilent = true;
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
@@ -705,7 +743,7 @@ class DenoSocket implements Socket {
 
   #sendCloseFrame({ code, reason }: Closing): void {
     this.#closing = undefined;
-    if (this.#webSocket.bufferedAmount > 0) this.#lostBytes = this.unreadBytes();
+    if (this.#webSocket.bufferedAmount > 0) this.#abandonedMemory = this.queuedMemory();
     this.#webSocket.close(code, reason);
   }
 }
@@ -716,8 +754,8 @@ interface Closing {
   readonly reason: string;
   /** When the frame is sent even if the client has not read everything. */
   deadline: number;
-  /** What was unread at the last check. */
-  unreadBytes: number;
+  /** The bytes that were queued at the last check. */
+  bufferedAmount: number;
   /** Whether no message has come since the last check. */
   isSilent: boolean;
 }
@@ -747,7 +785,18 @@ const bunRuntime: Runtime = {
 };
 
 function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer {
-  const { port, hostname, reusePort, tls } = options;
+  function handleRequest(request: Request, server: BunServer): Response | undefined {
+    const client = server.requestIP(request);
+    const result = answer(request, hostPort(client?.address, client?.port), state);
+    if (result instanceof Response) return result;
+
+    const isOffered = request.headers.has("sec-websocket-protocol");
+    const headers = new Headers();
+    if (isOffered) headers.set("sec-websocket-protocol", result.subprotocolName);
+    const isUpgraded = server.upgrade(request, { headers, data: new BunSocket(result) });
+    if (!isUpgraded) return textResponse(400, "Bun has refused the handshake.");
+  }
+
   const websocket = {
     maxPayloadLength: state.limits.messageBytes,
     idleTimeout: state.limits.idleSeconds,
@@ -758,20 +807,18 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
     close: (webSocket: BunWebSocket, code: number, reason: string) =>
       webSocket.data.closed(code, reason),
   };
-  const bunOptions = { port, hostname, reusePort, tls, http2: tls !== undefined };
-  const server = Bun.serve({ ...bunOptions, development: false, fetch: handleRequest, websocket });
+  const { port, hostname, reusePort, tls } = options;
+  const server = Bun.serve({
+    port,
+    hostname,
+    reusePort,
+    tls,
+    http2: tls !== undefined, // for the page; Deno speaks HTTP/2 over TLS by itself
+    development: false, // no page with the code if something throws
+    fetch: handleRequest,
+    websocket,
+  });
   return { port: server.port, stop: () => server.stop(true) };
-
-  function handleRequest(request: Request, server: BunServer): Response | undefined {
-    const client = server.requestIP(request);
-    const result = answer(request, hostPort(client?.address, client?.port), state);
-    if (result instanceof Response) return result;
-    const isOffered = request.headers.has("sec-websocket-protocol");
-    const headers = new Headers();
-    if (isOffered) headers.set("sec-websocket-protocol", result.subprotocol);
-    const isUpgraded = server.upgrade(request, { headers, data: new BunSocket(result) });
-    if (!isUpgraded) return textResponse(400, "Bun has refused the handshake.");
-  }
 }
 
 /**
@@ -794,13 +841,16 @@ class BunSocket implements Socket {
     this.#connection.opened(this);
   }
 
+  /** Bun reads 512 KiB at once, so messages may still come after a pause has begun. */
   received(message: Message): void {
     if (this.#pauseTimer === undefined) return this.#connection.received(message);
     this.#heldMessages ??= [];
     this.#heldMessages.push(message);
   }
 
-  /** Bun calls a message over the limit code 1006 here, though it has sent 1009 to the client. */
+  /**
+   * After a message over the limit, Bun reports 1006 here, though it has sent 1009 to the client.
+   */
   closed(code: number, reason: string): void {
     clearTimeout(this.#pauseTimer);
     this.#connection.ended(reason === "Received too big message" ? 1009 : code);
@@ -812,13 +862,15 @@ class BunSocket implements Socket {
   }
 
   #mustPause(): boolean {
-    const { unreadBytes } = this.#connection.limits;
-    return this.unreadBytes() > Math.min(SMALL_BACKLOG_BYTES, unreadBytes / 2);
+    const { limits } = this.#connection;
+    const mostQueued = Math.min(SMALL_BACKLOG_BYTES, limits.unreadBytes / 2);
+    return this.queuedMemory() > mostQueued;
   }
 
   /** Bun's idle timeout rests during a pause, so the pause has a timer of its own. */
   #pause(): void {
-    // When Bun 1.4.5 can send only a part of what is queued, it reads again and forgets the pause.
+    // Once Bun 1.4.5 has sent a part of the queue, it reads again. Then pause() alone does not stop
+    // it: resume() must come first.
     this.#webSocket!.resume();
     this.#webSocket!.pause();
     const { idleSeconds } = this.#connection.limits;
@@ -836,16 +888,18 @@ class BunSocket implements Socket {
   }
 
   #receiveHeldMessages(): void {
-    const heldMessages = this.#heldMessages ?? [];
+    if (!this.#heldMessages) return;
     let receivedCount = 0;
-    while (receivedCount < heldMessages.length && !this.#mustPause()) {
-      this.#connection.received(heldMessages[receivedCount]);
+    for (const message of this.#heldMessages) {
+      if (this.#mustPause()) break;
+      this.#connection.received(message);
       receivedCount++;
     }
-    heldMessages.splice(0, receivedCount);
+    this.#heldMessages.splice(0, receivedCount);
   }
 
-  unreadBytes(): number {
+  /** On Bun, only the bytes of a queued message take memory that is worth counting. */
+  queuedMemory(): number {
     return this.#webSocket!.getBufferedAmount();
   }
 
@@ -859,11 +913,11 @@ const runtime = typeof Bun === "undefined" ? denoRuntime : bunRuntime;
 // ---- 5. How the server starts and stops ---------------------------------------------------------
 // `serve` starts a server for a program, `main` for the command line.
 
-/** The options of {@linkcode serve}. */
+/** The options of {@linkcode serve}. The defaults are filled in there. */
 export interface Options {
   /** The port to listen on, 0 to 65535. 0 is any free one. Default: 9000. */
   port?: number;
-  /** The name or IP address to listen on. Default: 0.0.0.0, all of IPv4. "::" is IPv6, too. */
+  /** The name or IP address to listen on. Default: 0.0.0.0, all of IPv4. "::": IPv4 and IPv6. */
   hostname?: string;
   /** Whether other processes may listen on the same port (Linux). Default: false. */
   reusePort?: boolean;
@@ -872,8 +926,8 @@ export interface Options {
   /** The private key of the certificate in PEM. Default: none. */
   key?: string;
   /**
-   * The origins whose pages may connect, such as "https://example.org". Default: all origins. Clients
-   * that send no Origin header are not browsers; this option does not restrict them.
+   * The origins whose pages may connect, such as "https://example.org". Default: all origins.
+   * Clients that send no Origin header are not browsers; this option does not restrict them.
    */
   origin?: string[];
   /** The subprotocol for clients that offer none. Default: none; such clients are refused. */
@@ -894,11 +948,13 @@ export interface Server {
   stop(): Promise<void>;
 }
 
-const DEFAULT_PORT = 9000; // the tutorial's
+const DEFAULT_PORT = 9000; // as in the tutorial
 const DEFAULT_HOSTNAME = "0.0.0.0";
-const STOP_REASON = "the server is stopping";
 
-/** Starts a server. Throws an Error if it cannot listen, or if an option is wrong. */
+/**
+ * Starts a server. Throws an Error if it cannot listen, or if an option is wrong. The error names
+ * options as on the command line.
+ */
 export function serve(options: Options = {}): Server {
   const state: ServerState = {
     limits: checkLimits({ ...limits, ...options.limits }),
@@ -907,7 +963,7 @@ export function serve(options: Options = {}): Server {
     origins: options.origin?.map(parseOrigin),
     log: options.quiet ? undefined : log,
     connections: [],
-    unreadBytes: 0,
+    queuedMemory: 0,
     isStopping: false,
   };
   checkDefaultSubprotocol(state);
@@ -918,16 +974,17 @@ export function serve(options: Options = {}): Server {
     tls: checkTls(options.cert, options.key),
   };
   const runtimeServer = tryToListen(listenOptions, state);
+  return { port: runtimeServer.port, stop: () => stop(runtimeServer, state) };
+}
 
-  async function stop(): Promise<void> {
-    state.isStopping = true;
-    for (const connection of [...state.connections]) connection.close(1001, STOP_REASON);
-    const deadline = Date.now() + state.limits.stopSeconds * 1000;
-    while (state.connections.length > 0 && Date.now() < deadline) await sleep(10);
-    // Deno would wait for a request that never becomes whole.
-    await Promise.race([runtimeServer.stop(), sleep(100)]);
-  }
-  return { port: runtimeServer.port, stop };
+async function stop(runtimeServer: RuntimeServer, state: ServerState): Promise<void> {
+  state.isStopping = true;
+  const connections = [...state.connections]; // a copy, since they may leave the array meanwhile
+  for (const connection of connections) connection.close(1001, STOP_REASON);
+  const deadline = Date.now() + state.limits.stopSeconds * 1000;
+  while (state.connections.length > 0 && Date.now() < deadline) await sleep(10);
+  // Deno alone would wait for ever for a client that does not finish its request.
+  await Promise.race([runtimeServer.stop(), sleep(100)]);
 }
 
 function tryToListen(options: ListenOptions, state: ServerState): RuntimeServer {
@@ -970,12 +1027,14 @@ function withoutBrackets(hostname: string): string {
 
 /** Gives an origin as browsers send it, without a default port or a last slash (RFC 6454, 6.2). */
 function parseOrigin(text: string): string {
-  if (text === "null") return text; // of a page that was opened as a file
+  if (text === "null") return text; // from a page opened as a file or in a sandboxed frame
   const url = URL.parse(text);
-  const origin = `${url?.protocol}//${url?.host}`;
-  const isOrigin = url?.href === origin || url?.href === `${origin}/`;
-  const isSentByBrowsers = !/^(ws|wss|ftp|file):/.test(origin);
-  if (isOrigin && isSentByBrowsers) return origin;
+  if (url) {
+    const origin = `${url.protocol}//${url.host}`;
+    const isOnlyOrigin = url.href === origin || url.href === `${origin}/`;
+    const isSentByBrowsers = !/^(ws|wss|ftp|file):/.test(origin);
+    if (isOnlyOrigin && isSentByBrowsers) return origin;
+  }
   throw new Error(
     `an origin must be like https://example.org or http://localhost:9000, not '${text}'`,
   );
@@ -995,15 +1054,15 @@ function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
 }
 
 // The log shows at most 100 lines in a tenth of a second, which is more than anybody can read, and
-// counts the rest. So a flood of messages costs little. It goes through `console`, because Deno Deploy
-// and debuggers see nothing else.
+// counts the rest. So a flood of messages costs little. It goes through `console`, because Deno
+// Deploy and debuggers see nothing else.
 
 const log = linePrinter(console.log);
 const logError = linePrinter(console.error);
 
-/** Makes a function that prints a line, or only counts it if there are too many. */
-function linePrinter(print: (line: string) => void): (line: () => string) => void {
-  let shownLines = 0;
+/** Makes a function that makes and prints a line, or only counts it if there are too many. */
+function linePrinter(print: (line: string) => void): (makeLine: () => string) => void {
+  let printedLines = 0;
   let skippedLines = 0;
 
   function printSafely(line: string): void {
@@ -1013,17 +1072,17 @@ function linePrinter(print: (line: string) => void): (line: () => string) => voi
     }
   }
 
-  function startAgain(): void {
+  function countAnew(): void {
     if (skippedLines > 0) printSafely(`(${skippedLines} more lines)`);
-    shownLines = 0;
+    printedLines = 0;
     skippedLines = 0;
   }
 
-  return (line) => {
-    if (shownLines === 0) setTimeout(startAgain, 100);
-    if (shownLines < 100) {
-      shownLines++;
-      printSafely(line());
+  return (makeLine) => {
+    if (printedLines === 0) setTimeout(countAnew, 100);
+    if (printedLines < 100) {
+      printedLines++;
+      printSafely(makeLine());
     } else {
       skippedLines++;
     }
@@ -1050,7 +1109,8 @@ function inspectSafely(error: unknown): string {
 function preview(message: Message | void): string {
   if (message === undefined) return "(nothing)";
   if (typeof message !== "string") return `${message.length} bytes`;
-  const start = [...message.slice(0, 160)].slice(0, 80).join(""); // a character has one or two units
+  // A code point has one or two units, so 160 units hold at least 80 code points.
+  const start = [...message.slice(0, 160)].slice(0, 80).join("");
   if (start.length === message.length) return escapeControls(start);
   return `${escapeControls(start)}… (length ${message.length})`;
 }
@@ -1062,7 +1122,10 @@ function escapeControls(text: string): string {
   });
 }
 
-/** Joins a host and a port as in a URL. */
+/**
+ * Joins a host and a port as in a URL. Bun may not know them if the client has left already. `join`
+ * makes one string, while a template would keep the strings that it is made of in memory, too.
+ */
 function hostPort(host = "unknown", port = 0): string {
   const name = host.includes(":") ? `[${host}]` : host;
   return [name, port].join(":");
@@ -1071,13 +1134,13 @@ function hostPort(host = "unknown", port = 0): string {
 /** The options of the command line, with their help. */
 const flagTable = {
   port: { type: "string", help: "N: listen on port N; 0: any free one (default: PORT, else 9000)" },
-  hostname: { type: "string", help: "NAME: listen on NAME (default: 0.0.0.0; with IPv6: ::)" },
+  hostname: { type: "string", help: "NAME: listen on NAME (default: 0.0.0.0; :: adds IPv6)" },
   default: { type: "string", help: "NAME: the subprotocol for clients that offer none" },
   origin: { type: "string", multiple: true, help: "URL: only its pages may connect (repeatable)" },
   cert: { type: "string", help: "FILE: a certificate in PEM, for TLS (Deno: with --allow-read)" },
   key: { type: "string", help: "FILE: the private key of the certificate in PEM" },
   "reuse-port": { type: "boolean", help: "share the port with other processes (Linux)" },
-  quiet: { type: "boolean", help: "log only errors" },
+  quiet: { type: "boolean", help: "log only where it listens, and errors" },
   help: { type: "boolean", short: "h", help: "show this" },
 } as const;
 
@@ -1097,6 +1160,7 @@ function main(args: string[]): void {
     quiet: flags.quiet,
   });
   stopOnSignal(server);
+  // An exception in a timer or a promise of a subprotocol must not end the server.
   process.on("uncaughtException", (error) => report("uncaught exception", error));
   process.on("unhandledRejection", (error) => report("unhandled rejection", error));
   const scheme = flags.cert ? "https" : "http";
@@ -1119,7 +1183,9 @@ function parseFlags(args: string[]) {
   return values;
 }
 
-/** parseArgs calls a value that begins with a dash, such as -1, ambiguous. This says what is wrong. */
+/**
+ * parseArgs calls a value that begins with a dash, such as -1, ambiguous. This says what is wrong.
+ */
 function parseArgsClearly(args: string[]) {
   try {
     return parseArgs({ args, options: flagTable });
@@ -1131,14 +1197,14 @@ function parseArgsClearly(args: string[]) {
 }
 
 function parsePort(text: string): number {
-  if (!/^\d{1,5}$/.test(text)) throw new Error(`a port is a number from 0 to 65535, not '${text}'`);
+  if (!/^\d+$/.test(text)) throw new Error(`a port must be a whole number, not '${text}'`);
   return Number(text);
 }
 
 /** Gives the port that the environment asks for; an empty one is none. */
 function environmentPort(): string | undefined {
   if (runtime.canReadEnvironment("PORT")) return process.env.PORT || undefined;
-  logError(() => "PORT is not looked at: Deno may not read it without --allow-env=PORT");
+  logError(() => "PORT is ignored: Deno may not read it without --allow-env=PORT");
 }
 
 function readFile(path: string | undefined): string | undefined {
@@ -1151,7 +1217,9 @@ function shownHostname(hostname = DEFAULT_HOSTNAME): string {
   return name === "0.0.0.0" || name === "::" ? "localhost" : name;
 }
 
-/** Ctrl+C may arrive twice, from the terminal and from `deno task`: within this time it is one. */
+/**
+ * Ctrl+C may arrive twice, from the terminal and from `deno task`. Within this time it counts once.
+ */
 const SAME_SIGNAL_MILLISECONDS = 500;
 
 /** The first signal stops the server, a later one ends the process at once. */
@@ -1170,6 +1238,7 @@ function stopOnSignal(server: Server): void {
   process.on("SIGTERM", onSignal);
 }
 
+// Part 6 is set up before the first message can arrive.
 if (import.meta.main) {
   try {
     main(process.argv.slice(2));
@@ -1183,15 +1252,17 @@ if (import.meta.main) {
 // ---- 6. How a message is reversed ---------------------------------------------------------------
 // This part has nothing to do with sockets. What a reader sees as one character, such as "é" or a
 // flag, may be several units of a JavaScript string: a grapheme cluster (UAX #29). The clusters are
-// reversed, not the units. `Intl.Segmenter` finds them, at 100 to 400 ns a unit; all else here takes
-// 0.2 to 5 ns a unit. So the segmenter is asked only about those parts of a text that are not plain.
+// reversed, not the units. `Intl.Segmenter` finds them, but takes 100 to 400 ns for each unit; all
+// else here takes 0.2 to 5 ns. So it is asked only where it is needed. A unit is called plain if it
+// never shares a cluster with another plain unit, as most letters. Only the others need the
+// segmenter.
 
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
 
 /**
  * Gives a text's grapheme clusters in reverse order, as `Intl.Segmenter` finds them (UAX #29), or
- * bytes in reverse order. "noe\u0308l🇩🇪" becomes "🇩🇪le\u0308on". To reverse twice need not give the
- * same text again: "\n\r" becomes "\r\n", which is one cluster.
+ * bytes in reverse order. "noe\u0308l🇩🇪" becomes "🇩🇪le\u0308on". Reversing twice may not give the
+ * original: "\n\r" becomes "\r\n", which is one cluster.
  */
 export function reverse(message: Message): Message {
   if (typeof message !== "string") return message.toReversed();
@@ -1199,9 +1270,9 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// A text is taken apart in `source` and put together in `target`. Both are seen as bytes and as numbers
-// of 8 bytes, `target` as UTF-16 units, too. They grow with the longest text so far. `source` begins
-// with 8 zeros (see `reverseAscii`).
+// `source` holds the bytes of a text of ASCII behind 8 zeros, `target` holds any reversed text.
+// Both grow with the longest text so far. Other types of view show the same memory as numbers of 8
+// bytes and as UTF-16 units.
 let source = Buffer.alloc(0);
 let target = Buffer.alloc(0);
 let sourceNumbers = new DataView(source.buffer);
@@ -1209,17 +1280,19 @@ let targetNumbers = new DataView(target.buffer);
 let targetUnits = new Uint16Array(target.buffer, 0, 0);
 
 /**
- * `target` does not begin where its memory begins. The memory and a new string of 64 KiB both begin at
- * the border of a memory page, and to copy between two such places took Bun 33 µs instead of 5 µs.
+ * `target` does not begin where its memory begins. That is the border of a memory page, as is the
+ * beginning of a new string of 64 KiB. Copying from such a place to such a place takes Bun 33 µs
+ * instead of 5 µs.
  */
 const TARGET_OFFSET = 512;
 
-/** Makes room for a text of so many units, and for 16 bytes more (see `reverseAscii`). */
+/** Makes room for a text of `unitCount` units. The 16 bytes are for `reverseAscii`. */
 function growBuffers(unitCount: number): void {
-  const size = 2 * unitCount + 16;
-  if (target.length >= size) return;
-  const targetMemory = new ArrayBuffer(TARGET_OFFSET + 2 * size);
-  source = Buffer.alloc(2 * size);
+  const neededBytes = 2 * unitCount + 16;
+  if (target.length >= neededBytes) return;
+  const byteCount = 2 * neededBytes; // so that growing is rare
+  const targetMemory = new ArrayBuffer(TARGET_OFFSET + byteCount);
+  source = Buffer.alloc(byteCount);
   target = Buffer.from(targetMemory, TARGET_OFFSET);
   sourceNumbers = new DataView(source.buffer);
   targetNumbers = new DataView(targetMemory, TARGET_OFFSET);
@@ -1227,13 +1300,14 @@ function growBuffers(unitCount: number): void {
 }
 
 /**
- * Reverses a text of ASCII; gives undefined for any other. ASCII takes one byte a unit in UTF-8, all
- * else takes more. The only cluster of two ASCII characters is CR LF.
+ * Reverses a text of ASCII; gives undefined for any other. In UTF-8, ASCII takes one byte a unit
+ * and all else takes more. The only cluster of two ASCII characters is CR LF.
  *
- * Eight bytes at a time are read as a number whose last byte comes first (little-endian) and written
- * with its first byte first, from the end of the text to its beginning. The last number may begin in
- * the 8 zeros, which land behind the text. Numbers of ASCII are never NaN, whose bits might change.
- * For 64 KiB this loop takes 7 to 15 µs, the native reverse() 13 to 55 µs.
+ * To read a number as little-endian and to write it as big-endian reverses its 8 bytes. The numbers
+ * are read from the end of the text to its beginning. The last one may reach into the 8 zeros
+ * before the text; these land behind the reversed text, where nobody reads them. For 64 KiB this
+ * takes 7 to 20 µs, the native reverse() 13 to 55 µs, and BigInts take 40 µs on Bun. Bytes of ASCII
+ * never make a NaN, the only float whose bits might change.
  */
 function reverseAscii(text: string): string | undefined {
   const byteCount = source.write(text, 8);
@@ -1246,11 +1320,12 @@ function reverseAscii(text: string): string | undefined {
 }
 
 /**
- * Reverses any text. A unit that is not plain is moved together with the whole cluster that it is in,
- * which may have begun before it.
+ * Reverses any text. Each plain unit is put in its place. For a unit that is not plain, its whole
+ * cluster is put in place. A cluster may begin with a plain unit, such as the "e" of "e\u0308":
+ * then it covers the place where this unit was put before.
  */
 function reverseClusters(text: string): string {
-  let segments: Intl.Segments | undefined; // most texts need none, and to make them takes time
+  let segments: Intl.Segments | undefined; // most texts need none, and making them takes time
   let index = 0;
   while (index < text.length) {
     if (isPlain(text, index)) {
@@ -1275,21 +1350,21 @@ function copyUnits(cluster: string, place: number): void {
 }
 
 const PLAIN = 1;
-const NOT_PLAIN = 2; // 0 is not known yet
+const NOT_PLAIN = 2;
 
-// Halves of an emoji are never plain. The rest is found out when it is first met.
-const kinds = new Uint8Array(0x10000).fill(NOT_PLAIN, 0xd800, 0xe000);
+/** For each unit whether it is plain; 0 if that is not known yet. Surrogates are never plain. */
+const unitKinds = new Uint8Array(0x10000).fill(NOT_PLAIN, 0xd800, 0xe000);
 
 /**
- * Whether a unit is plain. Two plain units side by side never share a cluster. Not plain are marks,
- * joiners, jamo, CR and whatever else forms a cluster with itself, an "a" or a line feed.
+ * Whether a unit is plain. When it is met for the first time, the segmenter tells whether it forms
+ * a cluster with itself, with an "a" or with a line feed, as marks, joiners, jamo and CR do.
  */
 function isPlain(text: string, index: number): boolean {
   const unit = text.charCodeAt(index);
-  if (kinds[unit] === 0) {
+  if (unitKinds[unit] === 0) {
     const probe = `a${text[index]}${text[index]}a${text[index]}\n`;
     const clusterCount = [...segmenter.segment(probe)].length;
-    kinds[unit] = clusterCount === probe.length ? PLAIN : NOT_PLAIN;
+    unitKinds[unit] = clusterCount === probe.length ? PLAIN : NOT_PLAIN;
   }
-  return kinds[unit] === PLAIN;
+  return unitKinds[unit] === PLAIN;
 }

@@ -978,8 +978,8 @@ describe("writing a subprotocol", () => {
   });
 
   test("a subprotocol knows its name, the client's address and the limits", async () => {
-    const port = listenWith(({ subprotocol, address, limits }) => () =>
-      `${subprotocol} ${address} ${limits.messageBytes}`
+    const port = listenWith(({ subprotocolName, address, limits }) => () =>
+      `${subprotocolName} ${address} ${limits.messageBytes}`
     );
     const client = await RawClient.open(port, "added");
     assert.equal(await client.ask("?"), `added ${client.address} ${limits.messageBytes}`);
@@ -1531,7 +1531,7 @@ describe("the command line", () => {
     assert.equal(await program.exitStatus(), 1);
     assert.match(
       program.err,
-      /^PORT is not looked at: .*--allow-env=PORT\nCannot start: [^\n]*\n$/,
+      /^PORT is ignored: .*--allow-env=PORT\nCannot start: [^\n]*\n$/,
     );
   }, !onDeno && "Bun may read every variable");
 
