@@ -1337,6 +1337,20 @@ describe("the log", () => {
     ]);
   });
 
+  test("what a subprotocol sends after close() is not logged, since it is not sent", async () => {
+    const program = startExtended(`
+      subprotocols["late"] = (connection) => {
+        connection.send("in time");
+        connection.close();
+        connection.send("too late");
+      };
+    `);
+    await RawClient.open(await program.port(), "late");
+    await program.prints(/^closed: .*, code 1000$/m);
+    assert.match(program.out, /^sending data: in time$/m);
+    assert.doesNotMatch(program.out, /too late/);
+  });
+
   test("a client that resets its connection is logged as closed with code 1006", async () => {
     const program = startProgram(["--port", "0"]);
     const client = await RawClient.open(await program.port());
@@ -1719,7 +1733,9 @@ describe("limits", () => {
       client.socket.write(encode(1024 * 1024));
       assert.equal((await client.nextFrame())?.data.length, 1024 * 1024);
       client.socket.write(encode(1024 * 1024 + 1));
-      assert.match(await client.closeReason(), /^1009 ./);
+      const frame = await client.nextFrame();
+      assert.equal(frame?.opcode, CLOSE);
+      assert.equal(frame.data.readUInt16BE(), 1009);
     });
   }
 
