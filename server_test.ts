@@ -2381,15 +2381,22 @@ interface View {
 const { Bun: bun } = globalThis as { Bun?: { WebView: new (options: object) => View } };
 const chromium = process.env.CHROMIUM ?? "/usr/bin/chromium";
 
-const pageSkipped = bun ? without("Chromium", existsSync(chromium)) : "needs Bun's WebView";
+const howToGetChromium = "apt-get install chromium, or set CHROMIUM to the path of a Chromium";
+const pageSkipped = bun
+  ? without("Chromium", existsSync(chromium), howToGetChromium)
+  : "needs Bun's WebView";
 
-/** Describes the page; the title says why its tests are skipped. */
-function describePage(title: string, define: () => void): void {
-  describe(pageSkipped ? `${title} (skipped: ${pageSkipped})` : title, define);
-}
+type DefineTest = (name: string, run: () => Promise<void>) => void;
 
-function pageTest(name: string, run: () => Promise<void>): void {
-  it(name, { timeout: 60_000, skip: pageSkipped }, run);
+/** Describes the page. If the tests are skipped, the title says why. */
+function describePage(
+  title: string,
+  define: (pageTest: DefineTest) => void,
+  skip: string | false = pageSkipped,
+): void {
+  describe(skip ? `${title} (skipped: ${skip})` : title, () => {
+    define((name, run) => it(name, { timeout: 60_000, skip }, run));
+  });
 }
 
 const silence: Subprotocol = () => () => {};
@@ -2444,8 +2451,6 @@ async function listenOverTls(port: number): Promise<number> {
 
 /** Opens a page in Chromium. */
 async function browse(url: string): Promise<View> {
-  const install = "install it (Debian: apt-get install chromium), or set CHROMIUM to its path";
-  assert.ok(existsSync(chromium), `Chromium is missing at ${chromium}: ${install}`);
   const switches = ["no-sandbox", "disable-background-networking", "disable-component-update"];
   const argv = [...switches, "disable-sync", "ignore-certificate-errors"].map((s) => `--${s}`);
   const view = new bun!.WebView({ backend: { type: "chrome", url: false, path: chromium, argv } });
@@ -2547,7 +2552,7 @@ const runTimes = (view: View, text: string, number: number) =>
 
 const pageFile = new URL("index.html", import.meta.url).href;
 
-describePage("the page", () => {
+describePage("the page", (pageTest) => {
   // ---- The log
 
   pageTest("shows messages as text, never as markup, the newest first", async () => {
@@ -2816,6 +2821,18 @@ describePage("the page", () => {
     await shows(view, "message.value === ''");
   });
 
+  pageTest("moves the caret with the arrow keys inside a message of two lines", async () => {
+    const view = await browseConnected();
+    await enter(view, "first");
+    await submit(view, `"one\\ntwo"`);
+    await view.press("ArrowUp");
+    await shows(view, "message.value === 'one\\ntwo'");
+    await view.press("ArrowUp");
+    await shows(view, "message.value === 'one\\ntwo'", "message.selectionStart <= 3");
+    await view.press("ArrowUp");
+    await shows(view, "message.value === 'first'");
+  });
+
   pageTest("keeps with arrow-up what is being typed", async () => {
     const view = await browseConnected();
     await enter(view, "first");
@@ -2934,6 +2951,8 @@ describePage("the page", () => {
         await shows(view, row(/Times 10/));
         await view.evaluate("hex.checked = true");
         await submit(view, `"xy"`);
+        const texts = "[...log.querySelectorAll('bdi')]";
+        await shows(view, `${texts}.every((text) => text.scrollWidth <= text.clientWidth)`);
         await shows(view, `document.documentElement.scrollWidth <= ${width}`);
         assert.deepEqual(await view.evaluate(lowContrasts), []);
       });
@@ -2942,7 +2961,9 @@ describePage("the page", () => {
 });
 
 for (const runtime of ["Deno", "Bun"] as const) {
-  describePage(`the page, with a server on ${runtime}`, () => {
+  const hasRuntime = runtime === "Bun" || !bun || spawnSync("deno", ["--version"]).status === 0;
+  const skipped = pageSkipped || without(runtime, hasRuntime);
+  describePage(`the page, with a server on ${runtime}`, (pageTest) => {
     const start = (...args: string[]) => startOn(runtime, args);
     const startAgain = (port: number) => start("--port", `${port}`).port();
     const browseNew = async (query = "", ...args: string[]) =>
@@ -3030,7 +3051,8 @@ for (const runtime of ["Deno", "Bun"] as const) {
       await use(view, "connect", { address: `ws://localhost:${other}/`, protocol: "echo" });
       await shows(view, state("connected"), status(`ws://localhost:${other}/`), status("echo"));
       await enter(view, "Hello");
-      await shows(view, row(/This page closed the connection/), row(/←.*Hello/));
+      await shows(view, row(/←.*Hello/), `${rows(/closed the connection/)} === 1`);
+      await shows(view, state("connected"), green);
     });
 
     pageTest("uses wss where it came by https", async () => {
@@ -3193,6 +3215,9 @@ for (const runtime of ["Deno", "Bun"] as const) {
       const [median, nearlyLongest, longest] = [sorted[74], sorted[148], sorted[149]];
       const figures = `median ${median}, 99th percentile ${nearlyLongest}, longest ${longest}`;
       await shows(view, logged(figures));
+      const total = await view.evaluate("log.textContent.match(/total ([\\d.]+) ms/)[1]");
+      const sum = roundTrips.reduce((sum, time) => sum + time);
+      assert.ok(sum <= Number(total) + 0.1, `${sum} ms of round trips in ${total} ms`);
     });
 
     pageTest("can stop Times N, and goes on as before", async () => {
@@ -3272,7 +3297,7 @@ for (const runtime of ["Deno", "Bun"] as const) {
       await runTimes(view, "Hello", 10);
       await shows(view, row(/Times 10/), "violations.length === 0");
     });
-  });
+  }, skipped);
 }
 
 /** The texts of the page whose contrast with what is behind them is under 4.5 (WCAG 1.4.3). */
