@@ -1,9 +1,14 @@
 /**
  * A WebSocket server for Deno and Bun that answers each message with the message reversed.
  *
- * Read it from the top: first what you would change, then how it works. (1) The subprotocols and
- * the limits. (2) A request becomes a page, a refusal or a connection. (3) A connection. (4) Deno
- * and Bun, side by side. (5) How the server starts and stops. (6) How a message is reversed.
+ * Read it from the top: first what you would change, then how it works.
+ *
+ * 1. What the server says: the subprotocols and the limits
+ * 2. How a request becomes a page, a refusal or a connection
+ * 3. A connection
+ * 4. The two runtimes, side by side
+ * 5. How the server starts and stops
+ * 6. How a message is reversed
  */
 import { Buffer } from "node:buffer";
 import { createPrivateKey, hash, X509Certificate } from "node:crypto";
@@ -13,7 +18,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { inspect, parseArgs } from "node:util";
 import indexHtml from "./index.html" with { type: "text" };
 
-// ---- 1. What the server says --------------------------------------------------------------------
+// ---- 1. What the server says: the subprotocols and the limits -----------------------------------
 // Many subprotocols live on one port, each independent of the others. A client names the one that
 // it wants to speak. A subprotocol is a function: it is called with each new connection and returns
 // the function that answers the messages of this connection.
@@ -21,7 +26,10 @@ import indexHtml from "./index.html" with { type: "text" };
 /** The text of a text message, or the bytes of a binary message. */
 export type Message = string | Uint8Array<ArrayBuffer>;
 
-/** Returns the reply to a message, or nothing for no reply. Must not be async. */
+/**
+ * Returns the reply to a message, or nothing for no reply. Must not be async: to reply later, call
+ * `connection.send`.
+ */
 export type MessageHandler = (message: Message) => Message | void;
 
 /**
@@ -33,7 +41,7 @@ export type Subprotocol = (connection: Connection, handshake: Handshake) => Mess
 
 /** The subprotocols by name. To add one, add an entry. */
 export const subprotocols: Record<string, Subprotocol> = {
-  "dumb-increment-protocol": () => reverse, // the name in the tutorial that the README thanks
+  "dumb-increment-protocol": () => reverse, // the odd name is that of a tutorial, see README.md
   "echo": () => (message) => message,
   "count": count,
   "chat": chat,
@@ -108,7 +116,12 @@ function closeOnDemand(connection: Connection, code: number, reason: string): st
 }
 
 /** Sends a text after some milliseconds, unless the connection has ended by then. */
-function delay(connection: Connection, timers: Set<Timer>, milliseconds: number, text: string) {
+function delay(
+  connection: Connection,
+  timers: Set<Timer>,
+  milliseconds: number,
+  text: string,
+): string | void {
   if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
   if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
   if (timers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
@@ -119,7 +132,7 @@ function delay(connection: Connection, timers: Set<Timer>, milliseconds: number,
   timers.add(timer);
 }
 
-/** Sends a text many times. All together may fill half of what a client may leave unread. */
+/** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */
 function repeat(connection: Connection, times: number, text: string): string | void {
   const mostTimes = Math.floor(connection.limits.unreadBytes / 2 / memorySize(text));
   if (times > mostTimes) return `repeat TIMES TEXT: this text at most ${mostTimes} times`;
@@ -146,7 +159,8 @@ export const limits = {
    */
   unreadBytes: 20 * 1024 * 1024,
   /**
-   * The same for all clients together. Over it, clients with more than 64 KiB unread are closed.
+   * The same for all clients together. While they have left more unread, a client with more than
+   * 64 KiB is closed when the next message is to be sent to it.
    */
   allUnreadBytes: 128 * 1024 * 1024,
   /** Connections at the same time. Further handshakes are refused with 503. */
@@ -154,7 +168,7 @@ export const limits = {
   /**
    * Seconds until a connection without a sign of life is ended. The runtimes send pings; a pong is
    * a sign of life. So is a message, but on Deno only when it is complete: 1 MiB takes 84 s at 100
-   * kbit/s. Longer messages need a longer time.
+   * kbit/s, and some time is to spare. With a larger `messageBytes`, make this larger, too.
    */
   idleSeconds: 108,
   /** Seconds that a stopping server waits for its clients to answer the close frame. */
@@ -185,19 +199,20 @@ function memorySize(message: Message): number {
 // words.
 //
 // Some requests never come here, because a runtime refuses them by itself: Deno those with two Host
-// headers and handshakes with a body, Bun those in HTTP/1.1 without a Host header, with an unknown
-// method, and "OPTIONS *". A request in HTTP/1.0 cannot be told from one in HTTP/1.1.
+// headers and handshakes with a body, Bun those without a Host header (unless in HTTP/1.0), with an
+// unknown method, and "OPTIONS *". The runtimes do not tell the version of HTTP, so a handshake in
+// HTTP/1.0 is not refused.
 
 /** What a client sent to begin its connection. A proxy on the way may have changed it. */
 export interface Handshake {
   /** The IP address and port of the client or, behind a proxy, of the proxy. */
   readonly address: string;
-  /** The request line, such as "GET /path HTTP/1.1". It is rebuilt from the URL. */
+  /** The request line, rebuilt from the URL: always GET, always HTTP/1.1. */
   readonly requestLine: string;
   readonly headers: Headers;
 }
 
-/** Answers a request: with the page, a refusal, or the connection to which it is to be upgraded. */
+/** Answers a request: with a page, a refusal, or a Connection if the request is to be upgraded. */
 function answer(request: Request, address: string, state: ServerState): Response | Connection {
   const { method, headers } = request;
   const header = (name: string) => headers.get(name) ?? "";
@@ -208,11 +223,12 @@ function answer(request: Request, address: string, state: ServerState): Response
     return textResponse(status, reason, moreHeaders);
   }
 
+  // The URL is made with the Host header, so a Host such as "a/b" would change its path.
   const url = URL.parse(request.url);
   const isHostValid = /^[\w.:[\]-]*$/.test(header("host"));
   if (!url || !isHostValid) return refuse(400, "The URL or the Host header is not valid.");
 
-  // One of the two headers is enough. If a proxy has removed the other, the refusals below say so.
+  // Either header marks a handshake. If a proxy has removed the other, a refusal below says so.
   const isHandshake = hasToken(header("upgrade"), "websocket") || headers.has("sec-websocket-key");
   if (!isHandshake) {
     const isAllowed = method === "GET" || method === "HEAD";
@@ -261,7 +277,7 @@ function answer(request: Request, address: string, state: ServerState): Response
 function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
   if (offers === null) return state.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
-  // The table's own string is kept: a part of the header would keep the whole header in memory.
+  // Give the key, not the equal part of the header, which would keep the whole header in memory.
   return Object.keys(state.subprotocols).find((name) => name === selected);
 }
 
@@ -304,7 +320,7 @@ const pageHeaders = {
   "x-content-type-options": "nosniff",
 };
 
-/** Gives the hash of the page's only style or script, in the form that a policy has. */
+/** Gives the hash of the page's only style or script, as a Content-Security-Policy writes it. */
 function contentHash(element: "style" | "script"): string {
   const start = page.indexOf(">", page.indexOf(`<${element}`)) + 1;
   const content = page.slice(start, page.indexOf(`</${element}>`));
@@ -313,11 +329,12 @@ function contentHash(element: "style" | "script"): string {
 
 // ---- 3. A connection ----------------------------------------------------------------------------
 // A `Connection` calls its subprotocol and keeps one client from harming the others. If the
-// subprotocol throws, only this connection is closed. If a client does not read, its replies pile
-// up in the server's memory. To slow the sender down until they are read is called backpressure:
-// Bun can stop reading from such a client, Deno cannot (part 4). And some messages are caused by
-// others, such as those of a chat. So on both runtimes `send` closes a client that has left too
-// much unread.
+// subprotocol throws, only this connection is closed.
+//
+// Replies to a client that does not read pile up in the server's memory. Not to read from that
+// client until it has caught up is called backpressure. Bun can do it, Deno cannot (part 4). And it
+// does not help in a chat, where the messages come from other clients. So on both runtimes `send`
+// closes a client that has left too much unread.
 
 /** What a connection needs of a runtime's socket. */
 interface Socket {
@@ -325,7 +342,7 @@ interface Socket {
   send(message: Message): void;
   /** The memory that the queued messages take, in bytes. */
   queuedMemory(): number;
-  /** Sends a close frame, behind the queued messages if the client reads them soon. */
+  /** Sends a close frame, behind the queued messages if the client goes on reading. */
   close(code: number, reason: string): void;
 }
 
@@ -339,17 +356,17 @@ interface ServerState {
   readonly log?: (makeLine: () => string) => void;
   /**
    * All connections until they have ended: also those that were closed, but whose client has not
-   * left. An array takes 100 bytes less for each connection than a Set, measured on Bun.
+   * left. On Bun, a Set would add 100 bytes to the 2.2 KB that an idle connection takes.
    */
   readonly connections: Connection[];
   /** The sum of what is queued for all connections, each as it was when last measured. */
-  queuedMemory: number;
+  allQueuedMemory: number;
   isStopping: boolean;
 }
 
 /**
- * So much may be queued for a client without consequences. Above it, Bun stops reading from the
- * client, and the client may be closed if all clients together have too much unread.
+ * A client may leave this much unread without consequences. With more, Bun stops reading from it,
+ * and it may be closed because of `limits.allUnreadBytes`.
  */
 const SMALL_BACKLOG_BYTES = 64 * 1024;
 
@@ -358,7 +375,10 @@ const STOP_REASON = "the server is stopping";
 
 /** One connection with a client, the same on both runtimes. */
 export class Connection {
-  /** Is called once, when the client has left or the server has closed the connection. */
+  /**
+   * Is called once, when the client has left or the server has closed the connection. In the second
+   * case the client may still be there.
+   */
   onclose?: () => void;
 
   readonly subprotocolName: string;
@@ -387,7 +407,7 @@ export class Connection {
 
   /**
    * Sends a message; does nothing once the connection is closed. A client that has left more unread
-   * than `limits.unreadBytes` is closed with 1008 instead. Throws a TypeError if it is no message.
+   * than `limits` allow is closed with 1008 instead. Throws a TypeError if it is no message.
    */
   send(message: Message): void {
     const isSent = this.#send(message);
@@ -405,23 +425,24 @@ export class Connection {
     this.#socket?.close(code, reason);
   }
 
-  // The runtimes in part 4 call the next three.
+  // The runtimes in part 4 call the next three methods: opened, received and ended.
 
   /** The handshake is done. */
   opened(socket: Socket): void {
-    const { connections, limits, subprotocols, isStopping } = this.#state;
+    const state = this.#state;
     const handshake = this.#handshake!;
     this.#handshake = undefined; // its headers need not stay in memory
     this.#socket = socket;
     this.#isOpen = true;
-    connections.push(this);
-    this.#state.log?.(() => `connected: ${this.address}, ${this.subprotocolName}`);
-    if (isStopping) return this.close(1001, STOP_REASON);
+    state.connections.push(this);
+    state.log?.(() => `connected: ${this.address}, ${this.subprotocolName}`);
+    if (state.isStopping) return this.close(1001, STOP_REASON);
     // Many handshakes at once may have passed `answer` before the first of them opened.
-    if (connections.length > limits.connections) return this.close(1013, "try again later");
+    const isOverLimit = state.connections.length > state.limits.connections;
+    if (isOverLimit) return this.close(1013, "try again later");
     try {
-      const begin = subprotocols[this.subprotocolName];
-      const handler = begin(this, handshake);
+      const subprotocol = state.subprotocols[this.subprotocolName];
+      const handler = subprotocol(this, handshake);
       checkNotAsync(handler);
       this.#handler = handler ?? undefined;
     } catch (error) {
@@ -435,16 +456,17 @@ export class Connection {
     try {
       const reply = this.#handler?.(message);
       checkNotAsync(reply);
-      const isSent = reply !== undefined && this.#send(reply);
-      const shownReply = () => isSent ? preview(reply) : "(nothing)";
-      this.#state.log?.(() => `received data: ${preview(message)}, replying: ${shownReply()}`);
+      const sentReply = reply !== undefined && this.#send(reply) ? reply : undefined;
+      this.#state.log?.(() =>
+        `received data: ${preview(message)}, replying: ${preview(sentReply)}`
+      );
     } catch (error) {
       this.#state.log?.(() => `received data: ${preview(message)}, failing`);
       this.#fail(error, message);
     }
   }
 
-  /** The runtime has done with the connection. It may say so twice. */
+  /** The runtime is done with the connection. Deno may call this twice. */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
     this.#countQueuedMemory(0);
@@ -469,14 +491,14 @@ export class Connection {
    * What was measured before may be out of date. So it is measured again before a client is closed.
    */
   #hasTooMuchUnread(): boolean {
-    const { limits, connections } = this.#state;
-    if (this.#queuedMemory > limits.unreadBytes) this.#measureQueuedMemory();
-    if (this.#queuedMemory > limits.unreadBytes) return true;
+    const { unreadBytes, allUnreadBytes } = this.limits;
+    if (this.#queuedMemory > unreadBytes) this.#measureQueuedMemory();
+    if (this.#queuedMemory > unreadBytes) return true;
 
     if (this.#queuedMemory <= SMALL_BACKLOG_BYTES) return false;
-    if (this.#state.queuedMemory <= limits.allUnreadBytes) return false;
-    for (const connection of connections) connection.#measureQueuedMemory();
-    return this.#state.queuedMemory > limits.allUnreadBytes;
+    if (this.#state.allQueuedMemory <= allUnreadBytes) return false;
+    for (const connection of this.#state.connections) connection.#measureQueuedMemory();
+    return this.#state.allQueuedMemory > allUnreadBytes;
   }
 
   #measureQueuedMemory(): void {
@@ -484,7 +506,7 @@ export class Connection {
   }
 
   #countQueuedMemory(bytes: number): void {
-    this.#state.queuedMemory += bytes - this.#queuedMemory;
+    this.#state.allQueuedMemory += bytes - this.#queuedMemory;
     this.#queuedMemory = bytes;
   }
 
@@ -510,8 +532,8 @@ export class Connection {
   }
 
   /**
-   * Logs a moment later. `received` logs a message only when its handler has run, and the lines
-   * that the handler causes must stand below that of the message.
+   * Logs a moment later. The line of a message shows the reply, so it is logged after the handler
+   * has run, and what the handler causes must stand below it.
    */
   #logAfterwards(makeLine: () => string): void {
     const { log } = this.#state;
@@ -531,7 +553,7 @@ function checkClose(code: number, reason: string): void {
   );
 }
 
-/** Throws if a subprotocol has given a promise, for which nobody would wait. */
+/** Throws if a subprotocol has given a promise, which nobody would await. */
 function checkNotAsync(result: unknown): void {
   if (!(result instanceof Promise)) return;
   result.catch((error) => report("a promise of a subprotocol", error));
@@ -591,7 +613,7 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     const onListen = () => {}; // without it, Deno prints a line of its own
     const server = Deno.serve({ port, hostname, reusePort, ...tls, onListen }, handleRequest);
     server.finished.catch((error) => {
-      logError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
+      printError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
       listenAgain();
     });
     return server;
@@ -603,12 +625,14 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
 
   /** Deno stops listening when no file descriptors are left. Open connections go on. */
   async function listenAgain(): Promise<void> {
-    await sleep(50);
-    if (isStopped) return;
-    try {
-      server = listen(port);
-    } catch { // there are still none
-      await listenAgain();
+    while (true) {
+      await sleep(50);
+      if (isStopped) return;
+      try {
+        server = listen(port);
+        return;
+      } catch { // There are still none.
+      }
     }
   }
 
@@ -640,10 +664,22 @@ function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocket
   return upgrade;
 }
 
-/** How often a closing connection checks whether its client has read everything. */
+/** What DenoSocket remembers from `close` until it sends the close frame. */
+interface Closing {
+  readonly code: number;
+  readonly reason: string;
+  /** When the frame is sent even if the client has not read everything. */
+  deadline: number;
+  /** The bytes that were queued at the last check. */
+  bufferedAmount: number;
+  /** Whether no message has come since the last check. */
+  isSilent: boolean;
+}
+
+/** How often DenoSocket checks whether a client that is to be closed has read everything. */
 const CLOSE_CHECK_MILLISECONDS = 20;
 
-/** How long a closing connection waits for a client that reads nothing. */
+/** How long it waits for such a client while the client reads nothing. */
 const CLOSE_PATIENCE_MILLISECONDS = 500;
 
 /** Deno reads all that a client sends, and queues all that the client does not read. */
@@ -677,9 +713,9 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * If the close frame was sent while messages were queued, Deno keeps them in memory until the
-   * client leaves, and does not tell when that is. So the connection is counted for `idleSeconds`
-   * more.
+   * Deno may report the end while the client is still connected: if messages were queued when the
+   * close frame was sent, it keeps them in memory until the client has really left, and does not
+   * report that. So such a connection is counted for `idleSeconds` after this event.
    */
   closed(code: number): void {
     const end = () => this.#connection.ended(code || 1006); // 0 is an end without a close frame
@@ -696,8 +732,9 @@ class DenoSocket implements Socket {
 
   /**
    * Deno tells how many bytes wait, but not in how many messages. Messages leave in order, so the
-   * bytes that have left are those of the oldest messages. An empty message leaves no trace: it
-   * counts until a longer one behind it has left. So 20,000 empty replies in a row close a client.
+   * bytes that have left are those of the oldest messages. An empty message does not change the
+   * number of bytes: it counts until one behind it that is not empty has left. So, with the default
+   * limits, 20,000 empty replies in a row close even a client that reads.
    */
   queuedMemory(): number {
     if (this.#abandonedMemory > 0) return this.#abandonedMemory;
@@ -748,18 +785,6 @@ class DenoSocket implements Socket {
   }
 }
 
-/** What DenoSocket remembers until it sends the close frame. */
-interface Closing {
-  readonly code: number;
-  readonly reason: string;
-  /** When the frame is sent even if the client has not read everything. */
-  deadline: number;
-  /** The bytes that were queued at the last check. */
-  bufferedAmount: number;
-  /** Whether no message has come since the last check. */
-  isSilent: boolean;
-}
-
 // Bun. The little of its types that is needed:
 
 declare const Bun: { serve(options: object): { port: number; stop(now: boolean): Promise<void> } };
@@ -794,13 +819,14 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
     const headers = new Headers();
     if (isOffered) headers.set("sec-websocket-protocol", result.subprotocolName);
     const isUpgraded = server.upgrade(request, { headers, data: new BunSocket(result) });
-    if (!isUpgraded) return textResponse(400, "Bun has refused the handshake.");
+    if (isUpgraded) return undefined; // Bun has answered
+    return textResponse(400, "Bun has refused the handshake."); // never seen: `answer` checks more
   }
 
   const websocket = {
     maxPayloadLength: state.limits.messageBytes,
     idleTimeout: state.limits.idleSeconds,
-    backpressureLimit: 0, // no limit: beyond one, Bun drops messages without a word
+    backpressureLimit: 0, // none: with a limit, Bun drops the messages over it without a word
     open: (webSocket: BunWebSocket) => webSocket.data.opened(webSocket),
     message: (webSocket: BunWebSocket, message: Message) => webSocket.data.received(message),
     drain: (webSocket: BunWebSocket) => webSocket.data.drained(),
@@ -841,7 +867,9 @@ class BunSocket implements Socket {
     this.#connection.opened(this);
   }
 
-  /** Bun reads 512 KiB at once, so messages may still come after a pause has begun. */
+  /**
+   * Bun reads 512 KiB at once, so messages may still come in a pause. Their memory is not counted.
+   */
   received(message: Message): void {
     if (this.#pauseTimer === undefined) return this.#connection.received(message);
     this.#heldMessages ??= [];
@@ -869,8 +897,8 @@ class BunSocket implements Socket {
 
   /** Bun's idle timeout rests during a pause, so the pause has a timer of its own. */
   #pause(): void {
-    // Once Bun 1.4.5 has sent a part of the queue, it reads again. Then pause() alone does not stop
-    // it: resume() must come first.
+    // A bug in Bun 1.4.5: once it has sent a part of the queue, it reads again, but believes that
+    // it does not, so that pause() does nothing. After resume() it does.
     this.#webSocket!.resume();
     this.#webSocket!.pause();
     const { idleSeconds } = this.#connection.limits;
@@ -903,6 +931,7 @@ class BunSocket implements Socket {
     return this.#webSocket!.getBufferedAmount();
   }
 
+  /** In a pause, Bun sends the close frame and ends the connection at once. */
   close(code: number, reason: string): void {
     this.#webSocket!.close(code, reason);
   }
@@ -961,9 +990,9 @@ export function serve(options: Options = {}): Server {
     subprotocols: options.subprotocols ?? subprotocols,
     defaultSubprotocol: options.defaultSubprotocol,
     origins: options.origin?.map(parseOrigin),
-    log: options.quiet ? undefined : log,
+    log: options.quiet ? undefined : printLine,
     connections: [],
-    queuedMemory: 0,
+    allQueuedMemory: 0,
     isStopping: false,
   };
   checkDefaultSubprotocol(state);
@@ -983,7 +1012,7 @@ async function stop(runtimeServer: RuntimeServer, state: ServerState): Promise<v
   for (const connection of connections) connection.close(1001, STOP_REASON);
   const deadline = Date.now() + state.limits.stopSeconds * 1000;
   while (state.connections.length > 0 && Date.now() < deadline) await sleep(10);
-  // Deno alone would wait for ever for a client that does not finish its request.
+  // Without the race, Deno would wait for ever for a client that does not finish its request.
   await Promise.race([runtimeServer.stop(), sleep(100)]);
 }
 
@@ -1000,13 +1029,13 @@ function tryToListen(options: ListenOptions, state: ServerState): RuntimeServer 
   }
 }
 
-function checkLimits(limits: Limits): Limits {
-  for (const [name, value] of Object.entries(limits)) {
+function checkLimits(values: Limits): Limits {
+  for (const [name, value] of Object.entries(values)) {
     const [least, most] = limitRanges[name as keyof Limits] ?? [1, 2 ** 40];
     if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Error(`limits.${name} must be a whole number from ${least} to ${most}, not ${value}`);
   }
-  return limits;
+  return values;
 }
 
 function checkDefaultSubprotocol({ defaultSubprotocol, subprotocols }: ServerState): void {
@@ -1030,7 +1059,7 @@ function parseOrigin(text: string): string {
   if (text === "null") return text; // from a page opened as a file or in a sandboxed frame
   const url = URL.parse(text);
   if (url) {
-    const origin = `${url.protocol}//${url.host}`;
+    const origin = `${url.protocol}//${url.host}`; // url.origin knows fewer schemes
     const isOnlyOrigin = url.href === origin || url.href === `${origin}/`;
     const isSentByBrowsers = !/^(ws|wss|ftp|file):/.test(origin);
     if (isOnlyOrigin && isSentByBrowsers) return origin;
@@ -1057,8 +1086,8 @@ function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
 // counts the rest. So a flood of messages costs little. It goes through `console`, because Deno
 // Deploy and debuggers see nothing else.
 
-const log = linePrinter(console.log);
-const logError = linePrinter(console.error);
+const printLine = linePrinter(console.log);
+const printError = linePrinter(console.error);
 
 /** Makes a function that makes and prints a line, or only counts it if there are too many. */
 function linePrinter(print: (line: string) => void): (makeLine: () => string) => void {
@@ -1072,14 +1101,14 @@ function linePrinter(print: (line: string) => void): (makeLine: () => string) =>
     }
   }
 
-  function countAnew(): void {
+  function resetCounts(): void {
     if (skippedLines > 0) printSafely(`(${skippedLines} more lines)`);
     printedLines = 0;
     skippedLines = 0;
   }
 
   return (makeLine) => {
-    if (printedLines === 0) setTimeout(countAnew, 100);
+    if (printedLines === 0) setTimeout(resetCounts, 100);
     if (printedLines < 100) {
       printedLines++;
       printSafely(makeLine());
@@ -1091,7 +1120,7 @@ function linePrinter(print: (line: string) => void): (makeLine: () => string) =>
 
 /** Logs an error with its stack, also if the server is quiet. */
 function report(where: string, error: unknown): void {
-  logError(() => {
+  printError(() => {
     const lines = `failed: ${where}\n${inspectSafely(error)}`.split("\n");
     return lines.map(escapeControls).join("\n  ");
   });
@@ -1164,7 +1193,9 @@ function main(args: string[]): void {
   process.on("uncaughtException", (error) => report("uncaught exception", error));
   process.on("unhandledRejection", (error) => report("unhandled rejection", error));
   const scheme = flags.cert ? "https" : "http";
-  log(() => `Listening on ${scheme}://${hostPort(shownHostname(flags.hostname), server.port)}/`);
+  printLine(() =>
+    `Listening on ${scheme}://${hostPort(shownHostname(flags.hostname), server.port)}/`
+  );
 }
 
 function helpText(): string {
@@ -1204,7 +1235,7 @@ function parsePort(text: string): number {
 /** Gives the port that the environment asks for; an empty one is none. */
 function environmentPort(): string | undefined {
   if (runtime.canReadEnvironment("PORT")) return process.env.PORT || undefined;
-  logError(() => "PORT is ignored: Deno may not read it without --allow-env=PORT");
+  printError(() => "PORT is ignored, if set: Deno may not read it without --allow-env=PORT");
 }
 
 function readFile(path: string | undefined): string | undefined {
@@ -1238,7 +1269,8 @@ function stopOnSignal(server: Server): void {
   process.on("SIGTERM", onSignal);
 }
 
-// Part 6 is set up before the first message can arrive.
+// The variables of part 6 have no values yet. They get them as the rest of the file runs, before
+// any message can arrive.
 if (import.meta.main) {
   try {
     main(process.argv.slice(2));
@@ -1253,9 +1285,11 @@ if (import.meta.main) {
 // This part has nothing to do with sockets. What a reader sees as one character, such as "é" or a
 // flag, may be several units of a JavaScript string: a grapheme cluster (UAX #29). The clusters are
 // reversed, not the units. `Intl.Segmenter` finds them, but takes 100 to 400 ns for each unit; all
-// else here takes 0.2 to 5 ns. So it is asked only where it is needed. A unit is called plain if it
-// never shares a cluster with another plain unit, as most letters. Only the others need the
-// segmenter.
+// else here takes 0.2 to 5 ns.
+//
+// So the segmenter is asked only where it is needed. A unit is called plain here if two plain units
+// side by side are always two clusters. Most letters are plain; combining marks, joiners,
+// surrogates, Hangul jamo and CR are not.
 
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
 
@@ -1270,8 +1304,8 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// `source` holds the bytes of a text of ASCII behind 8 zeros, `target` holds any reversed text.
-// Both grow with the longest text so far. Other types of view show the same memory as numbers of 8
+// `source` holds the bytes of a text of ASCII behind 8 zeros; `target` holds any reversed text.
+// Both grow with the longest text so far. The other variables show the same memory as numbers of 8
 // bytes and as UTF-16 units.
 let source = Buffer.alloc(0);
 let target = Buffer.alloc(0);
@@ -1279,42 +1313,52 @@ let sourceNumbers = new DataView(source.buffer);
 let targetNumbers = new DataView(target.buffer);
 let targetUnits = new Uint16Array(target.buffer, 0, 0);
 
+/** The zeros before the text in `source`. */
+const ZERO_BYTES = 8;
+
 /**
- * `target` does not begin where its memory begins. That is the border of a memory page, as is the
- * beginning of a new string of 64 KiB. Copying from such a place to such a place takes Bun 33 µs
+ * Unused memory before `target`, so that it does not begin at the border of a memory page. A new
+ * string of 64 KiB begins at such a border, and copying from border to border takes Bun 33 µs
  * instead of 5 µs.
  */
-const TARGET_OFFSET = 512;
+const UNUSED_BYTES = 512;
 
-/** Makes room for a text of `unitCount` units. The 16 bytes are for `reverseAscii`. */
+/**
+ * Makes room for a text of so many units, and for the 7 bytes more that `reverseAscii` may write.
+ */
 function growBuffers(unitCount: number): void {
-  const neededBytes = 2 * unitCount + 16;
+  const neededBytes = ZERO_BYTES + 2 * unitCount;
   if (target.length >= neededBytes) return;
   const byteCount = 2 * neededBytes; // so that growing is rare
-  const targetMemory = new ArrayBuffer(TARGET_OFFSET + byteCount);
-  source = Buffer.alloc(byteCount);
-  target = Buffer.from(targetMemory, TARGET_OFFSET);
-  sourceNumbers = new DataView(source.buffer);
-  targetNumbers = new DataView(targetMemory, TARGET_OFFSET);
-  targetUnits = new Uint16Array(targetMemory, TARGET_OFFSET);
+  const sourceMemory = new ArrayBuffer(byteCount);
+  const targetMemory = new ArrayBuffer(UNUSED_BYTES + byteCount);
+  source = Buffer.from(sourceMemory);
+  target = Buffer.from(targetMemory, UNUSED_BYTES);
+  sourceNumbers = new DataView(sourceMemory);
+  targetNumbers = new DataView(targetMemory, UNUSED_BYTES);
+  targetUnits = new Uint16Array(targetMemory, UNUSED_BYTES);
 }
 
 /**
  * Reverses a text of ASCII; gives undefined for any other. In UTF-8, ASCII takes one byte a unit
  * and all else takes more. The only cluster of two ASCII characters is CR LF.
  *
- * To read a number as little-endian and to write it as big-endian reverses its 8 bytes. The numbers
- * are read from the end of the text to its beginning. The last one may reach into the 8 zeros
- * before the text; these land behind the reversed text, where nobody reads them. For 64 KiB this
- * takes 7 to 20 µs, the native reverse() 13 to 55 µs, and BigInts take 40 µs on Bun. Bytes of ASCII
- * never make a NaN, the only float whose bits might change.
+ * Eight bytes are moved at a time, as one number. Reading it as little-endian and writing it as
+ * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning.
+ * The last one may reach into the zeros before the text, which are then written behind the reversed
+ * text, where nobody reads them.
+ *
+ * The numbers are floats. Their bits stay as they are unless they make a NaN, which bytes of ASCII
+ * never do. For 64 KiB, floats take 7 to 20 µs, BigInts 8 to 60 µs, the native reverse() 13 to 55
+ * µs.
  */
 function reverseAscii(text: string): string | undefined {
-  const byteCount = source.write(text, 8);
+  const byteCount = source.write(text, ZERO_BYTES);
   if (byteCount !== text.length || text.includes("\r")) return undefined;
+  const end = ZERO_BYTES + byteCount;
   for (let written = 0; written < byteCount; written += 8) {
-    const eightBytes = sourceNumbers.getFloat64(byteCount - written, true);
-    targetNumbers.setFloat64(written, eightBytes);
+    const eightBytes = sourceNumbers.getFloat64(end - written - 8, true);
+    targetNumbers.setFloat64(written, eightBytes, false);
   }
   return target.toString("latin1", 0, byteCount);
 }
