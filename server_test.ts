@@ -2796,6 +2796,18 @@ describePage("the page", (pageTest) => {
     await shows(view, row(/→.*one\\ntwo.*7 bytes/), row(/←.*one\\ntwo/), "message.value === ''");
   });
 
+  pageTest("sends once while Enter is held down", async () => {
+    const view = await browseConnected();
+    await view.evaluate(`(() => {
+      message.value = "Hello";
+      const options = { key: "Enter", bubbles: true, cancelable: true };
+      for (const repeat of [false, true, true]) {
+        message.dispatchEvent(new KeyboardEvent("keydown", { ...options, repeat }));
+      }
+    })()`);
+    await shows(view, row(/←.*olleH/), `${rows(/→/)} === 1`);
+  });
+
   pageTest("leaves Enter to an input method while it composes", async () => {
     const view = await browseConnected();
     await view.evaluate(`(() => {
@@ -2893,6 +2905,14 @@ describePage("the page", (pageTest) => {
     await shows(view, `printed.includes("begin" + "-".repeat(5000) + "end")`);
     await shows(view, `printed.includes("dne" + "-".repeat(5000) + "nigeb")`);
     await shows(view, "printed.indexOf('→') < printed.findIndex((part) => /←/.test(part))");
+  });
+
+  pageTest("writes to the console of a hidden page, which has no animation frames", async () => {
+    const view = await browseConnected();
+    await view.evaluate(recordConsole);
+    await view.evaluate("globalThis.requestAnimationFrame = () => 0");
+    await enter(view, "Hello");
+    await shows(view, "printed.includes('Hello')", "printed.includes('olleH')");
   });
 
   // ---- On the wire
