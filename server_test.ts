@@ -1355,7 +1355,16 @@ describe("the log", () => {
     const program = startProgram(["--port", "0"]);
     const client = await RawClient.open(await program.port());
     client.socket.resetAndDestroy();
-    await program.prints(/^closed: 127\.0\.0\.1:\d+, code 1006$/m);
+    const [, code] = await program.prints(/^closed: 127\.0\.0\.1:\d+, code (\d+)$/m);
+    assert.equal(code, "1006");
+  });
+
+  test("a client whose message is too long is logged as closed with code 1009", async () => {
+    const program = startProgram(["--port", "0"]);
+    const client = await RawClient.open(await program.port());
+    client.send(new Uint8Array(limits.messageBytes + 1));
+    const [, code] = await program.prints(/^closed: 127\.0\.0\.1:\d+, code (\d+)$/m);
+    assert.equal(code, "1009");
   });
 
   test("a refused handshake is logged with the reason", async () => {
@@ -1970,13 +1979,14 @@ describe("slow readers", () => {
 
   test("when all clients together leave too much unread, those behind are closed", async () => {
     let closed = 0;
-    const port = listenWith((connection) => {
-      const timer = setInterval(() => connection.send(new Uint8Array(1024 * 1024)), 10);
-      connection.onclose = () => {
-        clearInterval(timer);
-        closed++;
-      };
-    }, { limits: { allUnreadBytes: 8 * 1024 * 1024 } });
+    const thirtyMebibytes: Subprotocol = (connection) => {
+      connection.onclose = () => void closed++;
+      for (let i = 0; i < 30; i++) {
+        setTimeout(() => connection.send(new Uint8Array(1024 * 1024)), 10 * i);
+      }
+    };
+    const limits = { allUnreadBytes: 8 * 1024 * 1024, unreadBytes: 1024 * 1024 * 1024 };
+    const port = listenWith(thirtyMebibytes, { limits });
     const clients = await Promise.all([1, 2, 3, 4].map(() => RawClient.open(port, "added")));
     for (const { socket } of clients) socket.pause();
     await eventually(() => assert.ok(closed >= 3, `${closed}`), "three are closed");
