@@ -1,5 +1,6 @@
 /**
- * A WebSocket server for Deno and Bun that answers each message with the message reversed.
+ * A WebSocket server for Deno and Bun. It speaks several subprotocols; the first of them answers
+ * each message with the message reversed.
  *
  * Read it from the top: first what you would change, then how it works.
  *
@@ -72,7 +73,55 @@ function chat(connection: Connection): MessageHandler {
   return (message) => chatMembers.forEach((member) => member.send(message));
 }
 
-/** Does what a message asks for, such as "close 4001 bye". For tests of clients and proxies. */
+/** The limits of a server. `serve({ limits: { ... } })` replaces some of them. */
+export const limits = {
+  /** The longest message, in bytes (of text: of UTF-8). A longer one closes with 1009. */
+  messageBytes: 1024 * 1024,
+  /**
+   * The memory for what one client has not read, in bytes. A client that has left more unread is
+   * closed with 1008 when the next message is to be sent to it.
+   */
+  unreadBytes: 20 * 1024 * 1024,
+  /**
+   * The same for all clients together. While they have left more unread, a client with more than
+   * 64 KiB is closed when the next message is to be sent to it.
+   */
+  allUnreadBytes: 128 * 1024 * 1024,
+  /** Connections at the same time. Further handshakes are refused with 503. */
+  connections: 10_000,
+  /**
+   * Seconds until a connection without a sign of life is ended. The runtimes send pings; a pong is
+   * a sign of life. A message is one, too, but on Deno only when it is complete, and no pong can
+   * come in the middle of it: 1 MiB takes 84 s at 100 kbit/s. With a larger `messageBytes`, make
+   * this larger.
+   */
+  idleSeconds: 108,
+  /** Seconds that a stopping server waits for its clients to answer the close frame. */
+  stopSeconds: 1,
+};
+
+export type Limits = typeof limits;
+
+/** The least and the greatest value of some limits. The others may be 1 to GREATEST_LIMIT. */
+const limitRanges: Partial<Record<keyof Limits, [least: number, most: number]>> = {
+  messageBytes: [1, 64 * 1024 * 1024 - 1], // Deno ends the connection at a frame of 64 MiB
+  idleSeconds: [8, 960], // Bun accepts no others
+  stopSeconds: [0, 3600],
+};
+
+const GREATEST_LIMIT = 2 ** 40; // more than any machine can use
+
+/** About the memory that Deno needs for each queued message, besides its bytes. */
+const QUEUED_MESSAGE_BYTES = 1024;
+
+/** The memory that a message takes until its client reads it, in bytes. */
+function memorySize(message: Message): number {
+  return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
+}
+
+// The rest of part 1 is the subprotocol "on-demand", which is for tests of clients and proxies.
+
+/** Does what a message asks for, such as "close 4001 bye". */
 function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
   const delayedTimers = new Set<Timer>();
   connection.onclose = () => delayedTimers.forEach((timer) => clearTimeout(timer));
@@ -102,6 +151,7 @@ function onDemand(connection: Connection, handshake: Handshake): MessageHandler 
  * is Infinity, which is more than any command allows.
  */
 function parseCommand(message: string): { command: string; number: number; text: string } {
+  // The number must end at a space or at the end: "5x" is a text.
   const parts = /^(\w+)(?: (\d+)(?= |$))?(?: (.*))?$/s.exec(message);
   const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
   return { command, number: Number(digits), text };
@@ -139,57 +189,14 @@ function repeat(connection: Connection, times: number, text: string): string | v
   for (let i = 0; i < times; i++) connection.send(text);
 }
 
-function zeroBytes(connection: Connection, count: number): Message {
+function zeroBytes(connection: Connection, length: number): Message {
   const { messageBytes } = connection.limits;
-  if (count > messageBytes) return `bytes COUNT: at most ${messageBytes}`;
-  return new Uint8Array(count);
+  if (length > messageBytes) return `bytes COUNT: at most ${messageBytes}`;
+  return new Uint8Array(length);
 }
 
 function describeHandshake({ address, requestLine, headers }: Handshake): string {
   return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
-}
-
-/** The limits of a server. `serve({ limits: { ... } })` replaces some of them. */
-export const limits = {
-  /** The longest message, in bytes (of text: of UTF-8). A longer one closes with 1009. */
-  messageBytes: 1024 * 1024,
-  /**
-   * The memory for what one client has not read, in bytes. A client that has left more unread is
-   * closed with 1008 when the next message is to be sent to it.
-   */
-  unreadBytes: 20 * 1024 * 1024,
-  /**
-   * The same for all clients together. While they have left more unread, a client with more than
-   * 64 KiB is closed when the next message is to be sent to it.
-   */
-  allUnreadBytes: 128 * 1024 * 1024,
-  /** Connections at the same time. Further handshakes are refused with 503. */
-  connections: 10_000,
-  /**
-   * Seconds until a connection without a sign of life is ended. The runtimes send pings; a pong is
-   * a sign of life. So is a message, but on Deno only when it is complete: 1 MiB takes 84 s at 100
-   * kbit/s, and some time is to spare. With a larger `messageBytes`, make this larger, too.
-   */
-  idleSeconds: 108,
-  /** Seconds that a stopping server waits for its clients to answer the close frame. */
-  stopSeconds: 1,
-};
-
-export type Limits = typeof limits;
-
-/** The least and the greatest value of some limits. The others may be 1 to 2 ** 40. */
-const limitRanges: Partial<Record<keyof Limits, [least: number, most: number]>> = {
-  messageBytes: [1, 64 * 1024 * 1024 - 1], // Deno ends the connection at a frame of 64 MiB
-  idleSeconds: [8, 960], // Bun accepts no others
-  stopSeconds: [0, 3600],
-};
-
-/** About the memory that Deno needs for each queued message, besides its bytes. */
-const QUEUED_MESSAGE_BYTES = 1024;
-
-/** The memory that a message takes until its client reads it, in bytes. */
-function memorySize(message: Message): number {
-  return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
 }
 
 // ---- 2. How a request becomes a page, a refusal or a connection ---------------------------------
@@ -198,10 +205,10 @@ function memorySize(message: Message): number {
 // checked here, before the runtime looks at it, so that Deno and Bun refuse the same with the same
 // words.
 //
-// Some requests never come here, because a runtime refuses them by itself: Deno those with two Host
-// headers and handshakes with a body, Bun those without a Host header (unless in HTTP/1.0), with an
-// unknown method, and "OPTIONS *". The runtimes do not tell the version of HTTP, so a handshake in
-// HTTP/1.0 is not refused.
+// Some requests never come here, because a runtime refuses them by itself. Deno refuses requests
+// with two Host headers, and handshakes with a body. Bun refuses requests without a Host header
+// (except in HTTP/1.0), unknown methods, and "OPTIONS *". The runtimes do not tell the version of
+// HTTP, so a handshake in HTTP/1.0 is not refused.
 
 /** What a client sent to begin its connection. A proxy on the way may have changed it. */
 export interface Handshake {
@@ -210,6 +217,24 @@ export interface Handshake {
   /** The request line, rebuilt from the URL: always GET, always HTTP/1.1. */
   readonly requestLine: string;
   readonly headers: Headers;
+}
+
+/** What the requests and the connections of one server share. */
+interface ServerState {
+  readonly limits: Limits;
+  readonly subprotocols: Record<string, Subprotocol>;
+  readonly defaultSubprotocol?: string;
+  readonly origins?: string[];
+  /** Logs the line that is made; undefined if the server is quiet. */
+  readonly log?: (makeLine: () => string) => void;
+  /**
+   * All connections until they have ended: also those that were closed, but whose client has not
+   * left. On Bun, a Set would add 100 bytes to the 2.2 KB that an idle connection takes.
+   */
+  readonly connections: Connection[];
+  /** The sum of what is queued for all connections, each as it was when last measured. */
+  allQueuedMemory: number;
+  isStopping: boolean;
 }
 
 /** Answers a request: with a page, a refusal, or a Connection if the request is to be upgraded. */
@@ -273,11 +298,12 @@ function answer(request: Request, address: string, state: ServerState): Response
   return new Connection(subprotocolName, { address, requestLine, headers }, state);
 }
 
-/** Gives the name of the first offered subprotocol that the server speaks, compared exactly. */
+/** Returns the name of the first offered subprotocol that the server speaks, compared exactly. */
 function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
   if (offers === null) return state.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
-  // Give the key, not the equal part of the header, which would keep the whole header in memory.
+  // The equal string of our own: the one cut out of the header would keep the whole header in
+  // memory.
   return Object.keys(state.subprotocols).find((name) => name === selected);
 }
 
@@ -285,7 +311,7 @@ function hasToken(header: string, token: string): boolean {
   return splitList(header).some((item) => item.toLowerCase() === token);
 }
 
-/** Splits a header at its commas; blanks and tabs around an item do not count (RFC 9110, 5.6.1). */
+/** Splits a header at its commas; spaces and tabs around an item do not count (RFC 9110, 5.6.1). */
 function splitList(header: string): string[] {
   return header.split(",").map((item) => item.replace(/^[ \t]+|[ \t]+$/g, ""));
 }
@@ -320,7 +346,7 @@ const pageHeaders = {
   "x-content-type-options": "nosniff",
 };
 
-/** Gives the hash of the page's only style or script, as a Content-Security-Policy writes it. */
+/** Returns the hash of the page's only style or script, as a Content-Security-Policy writes it. */
 function contentHash(element: "style" | "script"): string {
   const start = page.indexOf(">", page.indexOf(`<${element}`)) + 1;
   const content = page.slice(start, page.indexOf(`</${element}>`));
@@ -331,7 +357,7 @@ function contentHash(element: "style" | "script"): string {
 // A `Connection` calls its subprotocol and keeps one client from harming the others. If the
 // subprotocol throws, only this connection is closed.
 //
-// Replies to a client that does not read pile up in the server's memory. Not to read from that
+// Replies to a client that does not read pile up in the server's memory. To stop reading from that
 // client until it has caught up is called backpressure. Bun can do it, Deno cannot (part 4). And it
 // does not help in a chat, where the messages come from other clients. So on both runtimes `send`
 // closes a client that has left too much unread.
@@ -342,31 +368,13 @@ interface Socket {
   send(message: Message): void;
   /** The memory that the queued messages take, in bytes. */
   queuedMemory(): number;
-  /** Sends a close frame, behind the queued messages if the client goes on reading. */
+  /** Sends a close frame behind the queued messages, but does not wait for ever for a client. */
   close(code: number, reason: string): void;
 }
 
-/** What the connections of one server share. */
-interface ServerState {
-  readonly limits: Limits;
-  readonly subprotocols: Record<string, Subprotocol>;
-  readonly defaultSubprotocol?: string;
-  readonly origins?: string[];
-  /** Logs the line that is made; undefined if the server is quiet. */
-  readonly log?: (makeLine: () => string) => void;
-  /**
-   * All connections until they have ended: also those that were closed, but whose client has not
-   * left. On Bun, a Set would add 100 bytes to the 2.2 KB that an idle connection takes.
-   */
-  readonly connections: Connection[];
-  /** The sum of what is queued for all connections, each as it was when last measured. */
-  allQueuedMemory: number;
-  isStopping: boolean;
-}
-
 /**
- * A client may leave this much unread without consequences. With more, Bun stops reading from it,
- * and it may be closed because of `limits.allUnreadBytes`.
+ * A client may leave this much unread without consequences. Bun stops reading from a client that
+ * has left more, and `limits.allUnreadBytes` may close it.
  */
 const SMALL_BACKLOG_BYTES = 64 * 1024;
 
@@ -407,7 +415,8 @@ export class Connection {
 
   /**
    * Sends a message; does nothing once the connection is closed. A client that has left more unread
-   * than `limits` allow is closed with 1008 instead. Throws a TypeError if it is no message.
+   * than `limits` allow is closed with 1008 instead. Throws a TypeError if it is neither text nor
+   * bytes.
    */
   send(message: Message): void {
     const isSent = this.#send(message);
@@ -466,16 +475,16 @@ export class Connection {
     }
   }
 
-  /** The runtime is done with the connection. Deno may call this twice. */
+  /** The TCP connection has ended, as far as the runtime tells. Harmless if it is called twice. */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
-    this.#countQueuedMemory(0);
+    this.#setQueuedMemory(0);
     const { connections } = this.#state;
     const index = connections.indexOf(this);
     if (index >= 0) connections.splice(index, 1);
   }
 
-  /** Gives whether the message was sent. */
+  /** Returns whether the message was sent. */
   #send(message: Message): boolean {
     if (typeof message !== "string" && !(message instanceof Uint8Array)) {
       throw new TypeError("a message must be a string or a Uint8Array");
@@ -498,14 +507,15 @@ export class Connection {
     if (this.#queuedMemory <= SMALL_BACKLOG_BYTES) return false;
     if (this.#state.allQueuedMemory <= allUnreadBytes) return false;
     for (const connection of this.#state.connections) connection.#measureQueuedMemory();
-    return this.#state.allQueuedMemory > allUnreadBytes;
+    const hasBacklog = this.#queuedMemory > SMALL_BACKLOG_BYTES;
+    return hasBacklog && this.#state.allQueuedMemory > allUnreadBytes;
   }
 
   #measureQueuedMemory(): void {
-    this.#countQueuedMemory(this.#socket!.queuedMemory());
+    this.#setQueuedMemory(this.#socket!.queuedMemory());
   }
 
-  #countQueuedMemory(bytes: number): void {
+  #setQueuedMemory(bytes: number): void {
     this.#state.allQueuedMemory += bytes - this.#queuedMemory;
     this.#queuedMemory = bytes;
   }
@@ -532,8 +542,8 @@ export class Connection {
   }
 
   /**
-   * Logs a moment later. The line of a message shows the reply, so it is logged after the handler
-   * has run, and what the handler causes must stand below it.
+   * Logs in a microtask. The line of a received message shows the reply, so it is logged after the
+   * handler has run. The lines that the handler causes must come below it.
    */
   #logAfterwards(makeLine: () => string): void {
     const { log } = this.#state;
@@ -604,24 +614,24 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     // Listeners take 1 KB less for each connection than onopen, onmessage and onclose.
     webSocket.addEventListener("open", () => socket.opened(), { once: true });
     webSocket.addEventListener("message", ({ data }) => socket.received(data));
-    webSocket.addEventListener("close", ({ code }) => socket.closed(code));
+    webSocket.addEventListener("close", ({ code }) => socket.ended(code));
     return response;
   }
 
-  function listen(port: number): Deno.HttpServer<Deno.NetAddr> {
+  function startListening(port: number): Deno.HttpServer<Deno.NetAddr> {
     const { hostname, reusePort, tls } = options;
     const onListen = () => {}; // without it, Deno prints a line of its own
-    const server = Deno.serve({ port, hostname, reusePort, ...tls, onListen }, handleRequest);
-    server.finished.catch((error) => {
+    const newServer = Deno.serve({ port, hostname, reusePort, ...tls, onListen }, handleRequest);
+    newServer.finished.catch((error) => {
       printError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
       listenAgain();
     });
-    return server;
+    return newServer;
   }
 
   let isStopped = false;
-  let server = listen(options.port);
-  const { port } = server.addr;
+  let server = startListening(options.port);
+  const { port } = server.addr; // a free one if the option was 0
 
   /** Deno stops listening when no file descriptors are left. Open connections go on. */
   async function listenAgain(): Promise<void> {
@@ -629,9 +639,9 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
       await sleep(50);
       if (isStopped) return;
       try {
-        server = listen(port);
+        server = startListening(port);
         return;
-      } catch { // There are still none.
+      } catch { // There is still no file descriptor.
       }
     }
   }
@@ -650,11 +660,12 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
  * 2.9, leave out `protocol` and always set the header.
  */
 function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocketUpgrade {
-  const { subprotocolName, limits } = connection;
+  const { subprotocolName } = connection;
+  const { idleSeconds } = connection.limits;
   const offers = request.headers.get("sec-websocket-protocol");
   const isFoundByDeno = offers?.split(", ").includes(subprotocolName);
   const protocol = isFoundByDeno ? subprotocolName : undefined;
-  const upgrade = Deno.upgradeWebSocket(request, { protocol, idleTimeout: limits.idleSeconds });
+  const upgrade = Deno.upgradeWebSocket(request, { protocol, idleTimeout: idleSeconds });
   if (offers !== null && !isFoundByDeno) {
     try {
       upgrade.response.headers.set("sec-websocket-protocol", subprotocolName);
@@ -713,11 +724,11 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * Deno may report the end while the client is still connected: if messages were queued when the
-   * close frame was sent, it keeps them in memory until the client has really left, and does not
-   * report that. So such a connection is counted for `idleSeconds` after this event.
+   * Deno may report the end too early: if messages were queued when the close frame was sent, it
+   * keeps them in memory until the client has really left, and there is no event for that. So such
+   * a connection and its memory stay counted for another `idleSeconds`.
    */
-  closed(code: number): void {
+  ended(code: number): void {
     const end = () => this.#connection.ended(code || 1006); // 0 is an end without a close frame
     if (this.#abandonedMemory === 0) return end();
     Deno.unrefTimer(setTimeout(end, this.#connection.limits.idleSeconds * 1000));
@@ -732,9 +743,10 @@ class DenoSocket implements Socket {
 
   /**
    * Deno tells how many bytes wait, but not in how many messages. Messages leave in order, so the
-   * bytes that have left are those of the oldest messages. An empty message does not change the
-   * number of bytes: it counts until one behind it that is not empty has left. So, with the default
-   * limits, 20,000 empty replies in a row close even a client that reads.
+   * bytes that have left are those of the oldest messages. An empty message adds no bytes, so
+   * nobody can tell when it has left: it stays counted until a later message that is not empty has
+   * left. So, with the default limits, 20,000 empty replies in a row close even a client that
+   * reads.
    */
   queuedMemory(): number {
     if (this.#abandonedMemory > 0) return this.#abandonedMemory;
@@ -754,7 +766,8 @@ class DenoSocket implements Socket {
    */
   close(code: number, reason: string): void {
     const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
-    this.#closing = { code, reason, deadline, bufferedAmount: Infinity, isSilent: true };
+    const bufferedAmount = Infinity; // so that the first check counts as progress
+    this.#closing = { code, reason, deadline, bufferedAmount, isSilent: true };
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
 
@@ -831,7 +844,7 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
     message: (webSocket: BunWebSocket, message: Message) => webSocket.data.received(message),
     drain: (webSocket: BunWebSocket) => webSocket.data.drained(),
     close: (webSocket: BunWebSocket, code: number, reason: string) =>
-      webSocket.data.closed(code, reason),
+      webSocket.data.ended(code, reason),
   };
   const { port, hostname, reusePort, tls } = options;
   const server = Bun.serve({
@@ -879,7 +892,7 @@ class BunSocket implements Socket {
   /**
    * After a message over the limit, Bun reports 1006 here, though it has sent 1009 to the client.
    */
-  closed(code: number, reason: string): void {
+  ended(code: number, reason: string): void {
     clearTimeout(this.#pauseTimer);
     this.#connection.ended(reason === "Received too big message" ? 1009 : code);
   }
@@ -890,15 +903,16 @@ class BunSocket implements Socket {
   }
 
   #mustPause(): boolean {
-    const { limits } = this.#connection;
-    const mostQueued = Math.min(SMALL_BACKLOG_BYTES, limits.unreadBytes / 2);
+    const { unreadBytes } = this.#connection.limits;
+    // Half of the limit, so that a client is paused well before `send` would close it.
+    const mostQueued = Math.min(SMALL_BACKLOG_BYTES, unreadBytes / 2);
     return this.queuedMemory() > mostQueued;
   }
 
   /** Bun's idle timeout rests during a pause, so the pause has a timer of its own. */
   #pause(): void {
-    // A bug in Bun 1.4.5: once it has sent a part of the queue, it reads again, but believes that
-    // it does not, so that pause() does nothing. After resume() it does.
+    // A bug in Bun 1.4.5: after it has sent a part of the queue, it reads from the client again,
+    // but still takes the client for paused, so that pause() does nothing. resume() corrects that.
     this.#webSocket!.resume();
     this.#webSocket!.pause();
     const { idleSeconds } = this.#connection.limits;
@@ -931,7 +945,7 @@ class BunSocket implements Socket {
     return this.#webSocket!.getBufferedAmount();
   }
 
-  /** In a pause, Bun sends the close frame and ends the connection at once. */
+  /** Bun queues the close frame and reports the end at once, even if the client reads nothing. */
   close(code: number, reason: string): void {
     this.#webSocket!.close(code, reason);
   }
@@ -998,7 +1012,7 @@ export function serve(options: Options = {}): Server {
   checkDefaultSubprotocol(state);
   const listenOptions = {
     port: checkPort(options.port ?? DEFAULT_PORT),
-    hostname: withoutBrackets(options.hostname ?? DEFAULT_HOSTNAME),
+    hostname: checkHostname(options.hostname ?? DEFAULT_HOSTNAME),
     reusePort: options.reusePort ?? false,
     tls: checkTls(options.cert, options.key),
   };
@@ -1031,7 +1045,7 @@ function tryToListen(options: ListenOptions, state: ServerState): RuntimeServer 
 
 function checkLimits(values: Limits): Limits {
   for (const [name, value] of Object.entries(values)) {
-    const [least, most] = limitRanges[name as keyof Limits] ?? [1, 2 ** 40];
+    const [least, most] = limitRanges[name as keyof Limits] ?? [1, GREATEST_LIMIT];
     if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Error(`limits.${name} must be a whole number from ${least} to ${most}, not ${value}`);
   }
@@ -1049,12 +1063,19 @@ function checkPort(port: number): number {
   throw new Error(`a port must be a whole number from 0 to 65535, not ${port}`);
 }
 
+function checkHostname(hostname: string): string {
+  if (hostname === "") throw new Error("a hostname must not be empty");
+  return withoutBrackets(hostname);
+}
+
 /** An IPv6 address has brackets in a URL, but not where a runtime listens. */
 function withoutBrackets(hostname: string): string {
   return hostname.replace(/^\[(.*)\]$/, "$1");
 }
 
-/** Gives an origin as browsers send it, without a default port or a last slash (RFC 6454, 6.2). */
+/**
+ * Returns an origin as browsers send it, without a default port or a last slash (RFC 6454, 6.2).
+ */
 function parseOrigin(text: string): string {
   if (text === "null") return text; // from a page opened as a file or in a sandboxed frame
   const url = URL.parse(text);
@@ -1169,7 +1190,7 @@ const flagTable = {
   cert: { type: "string", help: "FILE: a certificate in PEM, for TLS (Deno: with --allow-read)" },
   key: { type: "string", help: "FILE: the private key of the certificate in PEM" },
   "reuse-port": { type: "boolean", help: "share the port with other processes (Linux)" },
-  quiet: { type: "boolean", help: "log only where it listens, and errors" },
+  quiet: { type: "boolean", help: "log only the listening address and errors" },
   help: { type: "boolean", short: "h", help: "show this" },
 } as const;
 
@@ -1232,7 +1253,7 @@ function parsePort(text: string): number {
   return Number(text);
 }
 
-/** Gives the port that the environment asks for; an empty one is none. */
+/** Returns the port that the environment asks for; an empty one is none. */
 function environmentPort(): string | undefined {
   if (runtime.canReadEnvironment("PORT")) return process.env.PORT || undefined;
   printError(() => "PORT is ignored, if set: Deno may not read it without --allow-env=PORT");
@@ -1287,14 +1308,14 @@ if (import.meta.main) {
 // reversed, not the units. `Intl.Segmenter` finds them, but takes 100 to 400 ns for each unit; all
 // else here takes 0.2 to 5 ns.
 //
-// So the segmenter is asked only where it is needed. A unit is called plain here if two plain units
-// side by side are always two clusters. Most letters are plain; combining marks, joiners,
-// surrogates, Hangul jamo and CR are not.
+// So the segmenter is asked only where it is needed. Units that never join each other are called
+// plain here: any two of them side by side are two clusters. Most letters are plain; combining
+// marks, joiners, surrogates, Hangul jamo and CR are not.
 
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
 
 /**
- * Gives a text's grapheme clusters in reverse order, as `Intl.Segmenter` finds them (UAX #29), or
+ * Returns a text's grapheme clusters in reverse order, as `Intl.Segmenter` finds them (UAX #29), or
  * bytes in reverse order. "noe\u0308l🇩🇪" becomes "🇩🇪le\u0308on". Reversing twice may not give the
  * original: "\n\r" becomes "\r\n", which is one cluster.
  */
@@ -1304,14 +1325,14 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// `source` holds the bytes of a text of ASCII behind 8 zeros; `target` holds any reversed text.
+// `source` holds the bytes of a text of ASCII after 8 zeros; `target` holds any reversed text.
 // Both grow with the longest text so far. The other variables show the same memory as numbers of 8
 // bytes and as UTF-16 units.
 let source = Buffer.alloc(0);
 let target = Buffer.alloc(0);
 let sourceNumbers = new DataView(source.buffer);
 let targetNumbers = new DataView(target.buffer);
-let targetUnits = new Uint16Array(target.buffer, 0, 0);
+let targetUnits = new Uint16Array(0);
 
 /** The zeros before the text in `source`. */
 const ZERO_BYTES = 8;
@@ -1321,13 +1342,14 @@ const ZERO_BYTES = 8;
  * string of 64 KiB begins at such a border, and copying from border to border takes Bun 33 µs
  * instead of 5 µs.
  */
-const UNUSED_BYTES = 512;
+const UNUSED_BYTES = 2048;
 
 /**
- * Makes room for a text of so many units, and for the 7 bytes more that `reverseAscii` may write.
+ * Makes room for a text of so many units: in `source` after the zeros, in `target` before up to 7
+ * bytes that `reverseAscii` writes too many.
  */
 function growBuffers(unitCount: number): void {
-  const neededBytes = ZERO_BYTES + 2 * unitCount;
+  const neededBytes = 2 * unitCount + 8;
   if (target.length >= neededBytes) return;
   const byteCount = 2 * neededBytes; // so that growing is rare
   const sourceMemory = new ArrayBuffer(byteCount);
@@ -1340,12 +1362,12 @@ function growBuffers(unitCount: number): void {
 }
 
 /**
- * Reverses a text of ASCII; gives undefined for any other. In UTF-8, ASCII takes one byte a unit
+ * Reverses a text of ASCII; returns undefined for any other. In UTF-8, ASCII takes one byte a unit
  * and all else takes more. The only cluster of two ASCII characters is CR LF.
  *
  * Eight bytes are moved at a time, as one number. Reading it as little-endian and writing it as
  * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning.
- * The last one may reach into the zeros before the text, which are then written behind the reversed
+ * The last one may reach into the zeros before the text. They are then written after the reversed
  * text, where nobody reads them.
  *
  * The numbers are floats. Their bits stay as they are unless they make a NaN, which bytes of ASCII
@@ -1353,12 +1375,13 @@ function growBuffers(unitCount: number): void {
  * µs.
  */
 function reverseAscii(text: string): string | undefined {
-  const byteCount = source.write(text, ZERO_BYTES);
+  const byteCount = source.write(text, ZERO_BYTES); // of another text perhaps not all, but too many
   if (byteCount !== text.length || text.includes("\r")) return undefined;
-  const end = ZERO_BYTES + byteCount;
+  let start = ZERO_BYTES + byteCount - 8; // of the last 8 bytes of the text
   for (let written = 0; written < byteCount; written += 8) {
-    const eightBytes = sourceNumbers.getFloat64(end - written - 8, true);
+    const eightBytes = sourceNumbers.getFloat64(start, true);
     targetNumbers.setFloat64(written, eightBytes, false);
+    start -= 8;
   }
   return target.toString("latin1", 0, byteCount);
 }
@@ -1400,8 +1423,9 @@ const NOT_PLAIN = 2;
 const unitKinds = new Uint8Array(0x10000).fill(NOT_PLAIN, 0xd800, 0xe000);
 
 /**
- * Whether a unit is plain. When it is met for the first time, the segmenter tells whether it forms
- * a cluster with itself, with an "a" or with a line feed, as marks, joiners, jamo and CR do.
+ * Whether a unit is plain. The segmenter tells when it is met for the first time. By UAX #29, what
+ * joins a neighbour at all joins an "a" before it (marks, joiners), an "a" after it (prepended
+ * marks), its own kind (jamo), or is CR before LF.
  */
 function isPlain(text: string, index: number): boolean {
   const unit = text.charCodeAt(index);
