@@ -9,12 +9,14 @@
  * 3. A connection
  * 4. The two runtimes, side by side
  * 5. How the server starts and stops
- * 6. How a message is reversed
+ * 6. The subprotocol on-demand
+ * 7. How a message is reversed
  */
 import { Buffer } from "node:buffer";
 import { createPrivateKey, hash, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
 import process from "node:process";
+import timers from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { inspect, parseArgs } from "node:util";
 import indexHtml from "./index.html" with { type: "text" };
@@ -40,16 +42,17 @@ export type MessageHandler = (message: Message) => Message | void;
  */
 export type Subprotocol = (connection: Connection, handshake: Handshake) => MessageHandler | void;
 
-/** The subprotocols by name. To add one, add an entry. */
+/**
+ * The subprotocols by name. To add one, add an entry. `() => handler` has one handler for all
+ * connections; `count` shows one that remembers something for each connection.
+ */
 export const subprotocols: Record<string, Subprotocol> = {
-  "dumb-increment-protocol": () => reverse, // the odd name is that of a tutorial, see README.md
+  "dumb-increment-protocol": () => reverse, // the odd name is from a tutorial, see README.md
   "echo": () => (message) => message,
   "count": count,
   "chat": chat,
   "on-demand": onDemand,
 };
-
-type Timer = ReturnType<typeof setTimeout>;
 
 /** Sends "1", "2", "3", one a second. The message "reset" starts again. */
 function count(connection: Connection): MessageHandler {
@@ -83,17 +86,17 @@ export const limits = {
    */
   unreadBytes: 20 * 1024 * 1024,
   /**
-   * The same for all clients together. While they have left more unread, a client with more than
-   * 64 KiB is closed when the next message is to be sent to it.
+   * The same for all clients together. While they have left more unread, a client with more than 64
+   * KiB is closed when the next message is to be sent to it.
    */
-  allUnreadBytes: 128 * 1024 * 1024,
+  allUnreadBytes: 96 * 1024 * 1024,
   /** Connections at the same time. Further handshakes are refused with 503. */
   connections: 10_000,
   /**
-   * Seconds until a connection without a sign of life is ended. The runtimes send pings; a pong is
-   * a sign of life. A message is one, too, but on Deno only when it is complete, and no pong can
-   * come in the middle of it: 1 MiB takes 84 s at 100 kbit/s. With a larger `messageBytes`, make
-   * this larger.
+   * Seconds until a connection without a sign of life is ended. The runtimes send pings, and a pong
+   * is a sign of life. A message counts as well, but on Deno only when all of it has arrived, and
+   * no pong can come within a frame. So this must be longer than the longest message takes: 1 MiB
+   * takes 84 s at 100 kbit/s. With a larger `messageBytes`, make this larger.
    */
   idleSeconds: 108,
   /** Seconds that a stopping server waits for its clients to answer the close frame. */
@@ -110,94 +113,6 @@ const limitRanges: Partial<Record<keyof Limits, [least: number, most: number]>> 
 };
 
 const GREATEST_LIMIT = 2 ** 40; // more than any machine can use
-
-/** About the memory that Deno needs for each queued message, besides its bytes. */
-const QUEUED_MESSAGE_BYTES = 1024;
-
-/** The memory that a message takes until its client reads it, in bytes. */
-function memorySize(message: Message): number {
-  return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
-}
-
-// The rest of part 1 is the subprotocol "on-demand", which is for tests of clients and proxies.
-
-/** Does what a message asks for, such as "close 4001 bye". */
-function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
-  const delayedTimers = new Set<Timer>();
-  connection.onclose = () => delayedTimers.forEach((timer) => clearTimeout(timer));
-
-  return (message) => {
-    const { command, number, text } = parseCommand(String(message));
-    switch (command) {
-      case "close":
-        return closeOnDemand(connection, number, text);
-      case "delay":
-        return delay(connection, delayedTimers, number, text);
-      case "repeat":
-        return repeat(connection, number, text);
-      case "bytes":
-        return zeroBytes(connection, number);
-      case "headers":
-        return describeHandshake(handshake);
-      default:
-        return "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
-          "bytes COUNT, headers, help";
-    }
-  };
-}
-
-/**
- * Parses a command such as "delay 500 hello": a word, a whole number and a text. A missing number
- * is Infinity, which is more than any command allows.
- */
-function parseCommand(message: string): { command: string; number: number; text: string } {
-  // The number must end at a space or at the end: "5x" is a text.
-  const parts = /^(\w+)(?: (\d+)(?= |$))?(?: (.*))?$/s.exec(message);
-  const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
-  return { command, number: Number(digits), text };
-}
-
-function closeOnDemand(connection: Connection, code: number, reason: string): string | void {
-  try {
-    connection.close(code, reason);
-  } catch (error) {
-    return (error as RangeError).message; // it says which codes and reasons are allowed
-  }
-}
-
-/** Sends a text after some milliseconds, unless the connection has ended by then. */
-function delay(
-  connection: Connection,
-  timers: Set<Timer>,
-  milliseconds: number,
-  text: string,
-): string | void {
-  if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
-  if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
-  if (timers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
-  const timer = setTimeout(() => {
-    timers.delete(timer);
-    connection.send(text);
-  }, milliseconds);
-  timers.add(timer);
-}
-
-/** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */
-function repeat(connection: Connection, times: number, text: string): string | void {
-  const mostTimes = Math.floor(connection.limits.unreadBytes / 2 / memorySize(text));
-  if (times > mostTimes) return `repeat TIMES TEXT: this text at most ${mostTimes} times`;
-  for (let i = 0; i < times; i++) connection.send(text);
-}
-
-function zeroBytes(connection: Connection, length: number): Message {
-  const { messageBytes } = connection.limits;
-  if (length > messageBytes) return `bytes COUNT: at most ${messageBytes}`;
-  return new Uint8Array(length);
-}
-
-function describeHandshake({ address, requestLine, headers }: Handshake): string {
-  return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
-}
 
 // ---- 2. How a request becomes a page, a refusal or a connection ---------------------------------
 // A WebSocket begins with an HTTP request, the handshake. The server answers it with status 101,
@@ -225,11 +140,11 @@ interface ServerState {
   readonly subprotocols: Record<string, Subprotocol>;
   readonly defaultSubprotocol?: string;
   readonly origins?: string[];
-  /** Logs the line that is made; undefined if the server is quiet. */
+  /** Logs a line. It is made only if it is shown. Undefined if the server is quiet. */
   readonly log?: (makeLine: () => string) => void;
   /**
-   * All connections until they have ended: also those that were closed, but whose client has not
-   * left. On Bun, a Set would add 100 bytes to the 2.2 KB that an idle connection takes.
+   * All connections, including those that are closed but still take memory. On Bun, a Set would add
+   * 100 bytes to the 2.2 KB that an idle connection takes.
    */
   readonly connections: Connection[];
   /** The sum of what is queued for all connections, each as it was when last measured. */
@@ -302,8 +217,7 @@ function answer(request: Request, address: string, state: ServerState): Response
 function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
   if (offers === null) return state.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
-  // The equal string of our own: the one cut out of the header would keep the whole header in
-  // memory.
+  // Our own equal string, since a part of the header would keep the whole header in memory.
   return Object.keys(state.subprotocols).find((name) => name === selected);
 }
 
@@ -357,26 +271,34 @@ function contentHash(element: "style" | "script"): string {
 // A `Connection` calls its subprotocol and keeps one client from harming the others. If the
 // subprotocol throws, only this connection is closed.
 //
-// Replies to a client that does not read pile up in the server's memory. To stop reading from that
-// client until it has caught up is called backpressure. Bun can do it, Deno cannot (part 4). And it
-// does not help in a chat, where the messages come from other clients. So on both runtimes `send`
-// closes a client that has left too much unread.
+// Replies to a client that does not read are queued in the server's memory. To stop reading from
+// that client until it has caught up is called backpressure. Bun can do it, Deno cannot (part 4).
+// And it does not help in a chat, where the messages come from other clients. So on both runtimes
+// `send` closes a client for which too much is queued.
+//
+// A message is unread until the client has taken it. The server knows only of those that are still
+// queued; the operating system holds some more.
+
+type Timer = ReturnType<typeof setTimeout>;
 
 /** What a connection needs of a runtime's socket. */
 interface Socket {
   /** Sends a message, or queues it. */
   send(message: Message): void;
-  /** The memory that the queued messages take, in bytes. */
+  /** The memory that the queued messages take, in bytes; after the end, what they still take. */
   queuedMemory(): number;
   /** Sends a close frame behind the queued messages, but does not wait for ever for a client. */
   close(code: number, reason: string): void;
 }
 
+/** About the memory that Deno needs for each queued message, besides its bytes. */
+const QUEUED_MESSAGE_BYTES = 1024;
+
 /**
- * A client may leave this much unread without consequences. Bun stops reading from a client that
- * has left more, and `limits.allUnreadBytes` may close it.
+ * So much may be queued for a client without consequences, unless `limits.unreadBytes` is smaller.
+ * With more, Bun stops reading from the client, and `limits.allUnreadBytes` may close it.
  */
-const SMALL_BACKLOG_BYTES = 64 * 1024;
+const SMALL_QUEUE_BYTES = 64 * 1024;
 
 const UNREAD_REASON = "too many unread messages";
 const STOP_REASON = "the server is stopping";
@@ -475,9 +397,17 @@ export class Connection {
     }
   }
 
-  /** The TCP connection has ended, as far as the runtime tells. Harmless if it is called twice. */
+  /** The runtime reports the end of the connection. Harmless if called twice. */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
+    this.#measureQueuedMemory();
+    if (this.#queuedMemory <= SMALL_QUEUE_BYTES) return this.#forget();
+    // Behind a close frame, both runtimes keep what was queued until the client has really left, or
+    // until the idle time is over, and they do not report that. So it is counted for as long.
+    timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
+  }
+
+  #forget(): void {
     this.#setQueuedMemory(0);
     const { connections } = this.#state;
     const index = connections.indexOf(this);
@@ -497,18 +427,18 @@ export class Connection {
   }
 
   /**
-   * What was measured before may be out of date. So it is measured again before a client is closed.
+   * Queues have become shorter since they were measured. So they are measured again before a close.
    */
   #hasTooMuchUnread(): boolean {
     const { unreadBytes, allUnreadBytes } = this.limits;
     if (this.#queuedMemory > unreadBytes) this.#measureQueuedMemory();
     if (this.#queuedMemory > unreadBytes) return true;
 
-    if (this.#queuedMemory <= SMALL_BACKLOG_BYTES) return false;
+    if (this.#queuedMemory <= SMALL_QUEUE_BYTES) return false;
     if (this.#state.allQueuedMemory <= allUnreadBytes) return false;
     for (const connection of this.#state.connections) connection.#measureQueuedMemory();
-    const hasBacklog = this.#queuedMemory > SMALL_BACKLOG_BYTES;
-    return hasBacklog && this.#state.allQueuedMemory > allUnreadBytes;
+    const hasLongQueue = this.#queuedMemory > SMALL_QUEUE_BYTES;
+    return hasLongQueue && this.#state.allQueuedMemory > allUnreadBytes;
   }
 
   #measureQueuedMemory(): void {
@@ -604,6 +534,11 @@ const denoRuntime: Runtime = {
 };
 
 function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer {
+  let isStopped = false;
+  let server = startListening(options.port);
+  const { port } = server.addr; // a free one if the option was 0
+  return { port, stop };
+
   function handleRequest(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
     const address = hostPort(info.remoteAddr.hostname, info.remoteAddr.port);
     const result = answer(request, address, state);
@@ -629,10 +564,6 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     return newServer;
   }
 
-  let isStopped = false;
-  let server = startListening(options.port);
-  const { port } = server.addr; // a free one if the option was 0
-
   /** Deno stops listening when no file descriptors are left. Open connections go on. */
   async function listenAgain(): Promise<void> {
     while (true) {
@@ -641,7 +572,7 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
       try {
         server = startListening(port);
         return;
-      } catch { // There is still no file descriptor.
+      } catch { // There is no file descriptor yet.
       }
     }
   }
@@ -650,7 +581,6 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     isStopped = true;
     return server.shutdown();
   }
-  return { port, stop };
 }
 
 /**
@@ -683,8 +613,8 @@ interface Closing {
   deadline: number;
   /** The bytes that were queued at the last check. */
   bufferedAmount: number;
-  /** Whether no message has come since the last check. */
-  isSilent: boolean;
+  /** Whether a message has come since the last check. */
+  hasReceived: boolean;
 }
 
 /** How often DenoSocket checks whether a client that is to be closed has read everything. */
@@ -712,7 +642,7 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * Deno cannot be told a limit for messages: it puts frames of less than 64 MiB together to a
+   * Deno cannot be told a limit for messages: it assembles frames of less than 64 MiB into a
    * message of any length. So the length is checked here, when the message is already in memory.
    */
   received(data: string | ArrayBuffer): void { // Deno never gives a Blob here
@@ -723,15 +653,8 @@ class DenoSocket implements Socket {
     this.#connection.received(typeof data === "string" ? data : new Uint8Array(data));
   }
 
-  /**
-   * Deno may report the end too early: if messages were queued when the close frame was sent, it
-   * keeps them in memory until the client has really left, and there is no event for that. So such
-   * a connection and its memory stay counted for another `idleSeconds`.
-   */
   ended(code: number): void {
-    const end = () => this.#connection.ended(code || 1006); // 0 is an end without a close frame
-    if (this.#abandonedMemory === 0) return end();
-    Deno.unrefTimer(setTimeout(end, this.#connection.limits.idleSeconds * 1000));
+    this.#connection.ended(code || 1006); // 0 is an end without a close frame
   }
 
   send(message: Message): void {
@@ -742,18 +665,19 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * Deno tells how many bytes wait, but not in how many messages. Messages leave in order, so the
-   * bytes that have left are those of the oldest messages. An empty message adds no bytes, so
-   * nobody can tell when it has left: it stays counted until a later message that is not empty has
-   * left. So, with the default limits, 20,000 empty replies in a row close even a client that
+   * Deno tells how many bytes wait, but not in how many messages. Messages are sent in order, so
+   * the bytes that wait no more are those of the oldest messages. An empty message adds no bytes,
+   * so nobody can tell when it was sent: it stays counted until a later message that is not empty
+   * was sent. So, with the default limits, 20,000 empty replies in a row close even a client that
    * reads.
    */
   queuedMemory(): number {
-    if (this.#abandonedMemory > 0) return this.#abandonedMemory;
-    let leftBytes = this.#queuedBytes - this.#webSocket.bufferedAmount;
-    while (leftBytes > 0 && leftBytes >= this.#queuedLengths[0]) {
+    const { readyState, bufferedAmount } = this.#webSocket;
+    if (readyState !== WebSocket.OPEN) return this.#abandonedMemory;
+    let sentBytes = this.#queuedBytes - bufferedAmount;
+    while (sentBytes > 0 && sentBytes >= this.#queuedLengths[0]) {
       const length = this.#queuedLengths.shift()!;
-      leftBytes -= length;
+      sentBytes -= length;
       this.#queuedBytes -= length;
     }
     return this.#queuedBytes + this.#queuedLengths.length * QUEUED_MESSAGE_BYTES;
@@ -767,7 +691,7 @@ class DenoSocket implements Socket {
   close(code: number, reason: string): void {
     const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
     const bufferedAmount = Infinity; // so that the first check counts as progress
-    this.#closing = { code, reason, deadline, bufferedAmount, isSilent: true };
+    this.#closing = { code, reason, deadline, bufferedAmount, hasReceived: false };
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
 
@@ -775,19 +699,19 @@ class DenoSocket implements Socket {
     const closing = this.#closing;
     if (!closing) return;
     const { bufferedAmount } = this.#webSocket;
-    if (bufferedAmount === 0 && closing.isSilent) return this.#sendCloseFrame(closing);
+    if (bufferedAmount === 0 && !closing.hasReceived) return this.#sendCloseFrame(closing);
     if (Date.now() > closing.deadline) return this.#sendCloseFrame(closing);
 
     const hasRead = bufferedAmount < closing.bufferedAmount;
     if (hasRead) closing.deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
     closing.bufferedAmount = bufferedAmount;
-    closing.isSilent = true;
+    closing.hasReceived = false;
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
 
   /** A flood may leave Deno no time for timers, so the deadline is checked here, too. */
   #receivedLate(closing: Closing): void {
-    closing.isSilent = false;
+    closing.hasReceived = true;
     if (Date.now() > closing.deadline) this.#sendCloseFrame(closing);
   }
 
@@ -798,7 +722,7 @@ class DenoSocket implements Socket {
   }
 }
 
-// Bun. The little of its types that is needed:
+// Bun. Only those of its types that are needed:
 
 declare const Bun: { serve(options: object): { port: number; stop(now: boolean): Promise<void> } };
 
@@ -867,6 +791,7 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
 class BunSocket implements Socket {
   readonly #connection: Connection;
   #webSocket?: BunWebSocket; // since it opened
+  #queuedMemory = 0; // after the last send or drain
   #pauseTimer?: Timer; // while Bun does not read
   #heldMessages?: Message[]; // that Bun had read before the pause
 
@@ -894,19 +819,31 @@ class BunSocket implements Socket {
    */
   ended(code: number, reason: string): void {
     clearTimeout(this.#pauseTimer);
+    if (code === 1006) this.#queuedMemory = 0; // the TCP connection has ended
     this.#connection.ended(reason === "Received too big message" ? 1009 : code);
   }
 
   send(message: Message): void {
     this.#webSocket!.send(message);
+    this.#measure();
     if (this.#mustPause()) this.#pause();
+  }
+
+  /** On Bun, only the bytes of a queued message take memory that is worth counting. */
+  #measure(): void {
+    this.#queuedMemory = this.#webSocket!.getBufferedAmount();
+  }
+
+  /** Bun itself reports 0 once it has been told to close, although it keeps what is queued. */
+  queuedMemory(): number {
+    return this.#queuedMemory;
   }
 
   #mustPause(): boolean {
     const { unreadBytes } = this.#connection.limits;
     // Half of the limit, so that a client is paused well before `send` would close it.
-    const mostQueued = Math.min(SMALL_BACKLOG_BYTES, unreadBytes / 2);
-    return this.queuedMemory() > mostQueued;
+    const mostQueued = Math.min(SMALL_QUEUE_BYTES, unreadBytes / 2);
+    return this.#queuedMemory > mostQueued;
   }
 
   /** Bun's idle timeout rests during a pause, so the pause has a timer of its own. */
@@ -924,6 +861,7 @@ class BunSocket implements Socket {
   drained(): void {
     clearTimeout(this.#pauseTimer);
     this.#pauseTimer = undefined;
+    this.#measure();
     this.#receiveHeldMessages();
     if (this.#mustPause()) this.#pause();
     else this.#webSocket!.resume();
@@ -940,13 +878,9 @@ class BunSocket implements Socket {
     this.#heldMessages.splice(0, receivedCount);
   }
 
-  /** On Bun, only the bytes of a queued message take memory that is worth counting. */
-  queuedMemory(): number {
-    return this.#webSocket!.getBufferedAmount();
-  }
-
   /** Bun queues the close frame and reports the end at once, even if the client reads nothing. */
   close(code: number, reason: string): void {
+    this.#measure();
     this.#webSocket!.close(code, reason);
   }
 }
@@ -994,10 +928,7 @@ export interface Server {
 const DEFAULT_PORT = 9000; // as in the tutorial
 const DEFAULT_HOSTNAME = "0.0.0.0";
 
-/**
- * Starts a server. Throws an Error if it cannot listen, or if an option is wrong. The error names
- * options as on the command line.
- */
+/** Starts a server. Throws an Error if it cannot listen, or if an option is wrong. */
 export function serve(options: Options = {}): Server {
   const state: ServerState = {
     limits: checkLimits({ ...limits, ...options.limits }),
@@ -1017,10 +948,10 @@ export function serve(options: Options = {}): Server {
     tls: checkTls(options.cert, options.key),
   };
   const runtimeServer = tryToListen(listenOptions, state);
-  return { port: runtimeServer.port, stop: () => stop(runtimeServer, state) };
+  return { port: runtimeServer.port, stop: () => stopServer(runtimeServer, state) };
 }
 
-async function stop(runtimeServer: RuntimeServer, state: ServerState): Promise<void> {
+async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Promise<void> {
   state.isStopping = true;
   const connections = [...state.connections]; // a copy, since they may leave the array meanwhile
   for (const connection of connections) connection.close(1001, STOP_REASON);
@@ -1139,7 +1070,7 @@ function linePrinter(print: (line: string) => void): (makeLine: () => string) =>
   };
 }
 
-/** Logs an error with its stack, also if the server is quiet. */
+/** Logs an error with its stack, even if the server is quiet. */
 function report(where: string, error: unknown): void {
   printError(() => {
     const lines = `failed: ${where}\n${inspectSafely(error)}`.split("\n");
@@ -1220,11 +1151,14 @@ function main(args: string[]): void {
 }
 
 function helpText(): string {
-  const lines = Object.entries(flagTable).map(([name, { help }]) =>
-    `  --${name.padEnd(12)}${help}`
-  );
-  return ["A WebSocket server that answers each message with the message reversed.", "", ...lines]
-    .join("\n");
+  const names = Object.keys(subprotocols).join(", ");
+  const flags = Object.entries(flagTable);
+  return [
+    "A WebSocket server that answers each message with the message reversed.",
+    `Subprotocols: ${names}.`,
+    "",
+    ...flags.map(([name, { help }]) => `  --${name.padEnd(12)}${help}`),
+  ].join("\n");
 }
 
 function parseFlags(args: string[]) {
@@ -1253,7 +1187,7 @@ function parsePort(text: string): number {
   return Number(text);
 }
 
-/** Returns the port that the environment asks for; an empty one is none. */
+/** Returns the port that the environment asks for; undefined if PORT is unset or empty. */
 function environmentPort(): string | undefined {
   if (runtime.canReadEnvironment("PORT")) return process.env.PORT || undefined;
   printError(() => "PORT is ignored, if set: Deno may not read it without --allow-env=PORT");
@@ -1290,7 +1224,7 @@ function stopOnSignal(server: Server): void {
   process.on("SIGTERM", onSignal);
 }
 
-// The variables of part 6 have no values yet. They get them as the rest of the file runs, before
+// The variables of part 7 have no values yet. They get them as the rest of the file runs, before
 // any message can arrive.
 if (import.meta.main) {
   try {
@@ -1302,7 +1236,94 @@ if (import.meta.main) {
   }
 }
 
-// ---- 6. How a message is reversed ---------------------------------------------------------------
+// ---- 6. The subprotocol on-demand ---------------------------------------------------------------
+// A small language over messages, for tests of clients and proxies. Every number and every text is
+// limited, so that no command can make the server hold more than the limits allow.
+
+/** Does what a message asks for, such as "close 4001 bye". */
+function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
+  const delayedTimers = new Set<Timer>();
+  connection.onclose = () => delayedTimers.forEach((timer) => clearTimeout(timer));
+
+  return (message) => {
+    const { command, number, text } = parseCommand(String(message));
+    switch (command) {
+      case "close":
+        return closeOnDemand(connection, number, text);
+      case "delay":
+        return delay(connection, delayedTimers, number, text);
+      case "repeat":
+        return repeat(connection, number, text);
+      case "bytes":
+        return zeroBytes(connection, number);
+      case "headers":
+        return describeHandshake(handshake);
+      default:
+        return "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
+          "bytes COUNT, headers, help";
+    }
+  };
+}
+
+/**
+ * Parses a command such as "delay 500 hello": a word, a whole number and a text. A missing number
+ * is Infinity, which is more than any command allows.
+ */
+function parseCommand(message: string): { command: string; number: number; text: string } {
+  // The number must end at a space or at the end: "5x" is a text.
+  const parts = /^(\w+)(?: (\d+)(?= |$))?(?: (.*))?$/s.exec(message);
+  const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
+  return { command, number: Number(digits), text };
+}
+
+function closeOnDemand(connection: Connection, code: number, reason: string): string | void {
+  try {
+    connection.close(code, reason);
+  } catch (error) {
+    return (error as RangeError).message; // it says which codes and reasons are allowed
+  }
+}
+
+/** Sends a text after some milliseconds, unless the connection has ended by then. */
+function delay(
+  connection: Connection,
+  timers: Set<Timer>,
+  milliseconds: number,
+  text: string,
+): string | void {
+  if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
+  if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
+  if (timers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
+  const timer = setTimeout(() => {
+    timers.delete(timer);
+    connection.send(text);
+  }, milliseconds);
+  timers.add(timer);
+}
+
+/** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */
+function repeat(connection: Connection, times: number, text: string): string | void {
+  const mostTimes = Math.floor(connection.limits.unreadBytes / 2 / memorySize(text));
+  if (times > mostTimes) return `repeat TIMES TEXT: this text at most ${mostTimes} times`;
+  for (let i = 0; i < times; i++) connection.send(text);
+}
+
+function zeroBytes(connection: Connection, length: number): Message {
+  const { messageBytes } = connection.limits;
+  if (length > messageBytes) return `bytes COUNT: at most ${messageBytes}`;
+  return new Uint8Array(length);
+}
+
+function describeHandshake({ address, requestLine, headers }: Handshake): string {
+  return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
+}
+
+/** The memory that a message takes while it is queued, in bytes. */
+function memorySize(message: Message): number {
+  return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
+}
+
+// ---- 7. How a message is reversed ---------------------------------------------------------------
 // This part has nothing to do with sockets. What a reader sees as one character, such as "é" or a
 // flag, may be several units of a JavaScript string: a grapheme cluster (UAX #29). The clusters are
 // reversed, not the units. `Intl.Segmenter` finds them, but takes 100 to 400 ns for each unit; all
@@ -1345,8 +1366,8 @@ const ZERO_BYTES = 8;
 const UNUSED_BYTES = 2048;
 
 /**
- * Makes room for a text of so many units: in `source` after the zeros, in `target` before up to 7
- * bytes that `reverseAscii` writes too many.
+ * Makes room for a text of so many units: in `source` after the zeros, in `target` before the up to
+ * 7 bytes that `reverseAscii` writes after the text.
  */
 function growBuffers(unitCount: number): void {
   const neededBytes = 2 * unitCount + 8;
@@ -1375,7 +1396,9 @@ function growBuffers(unitCount: number): void {
  * µs.
  */
 function reverseAscii(text: string): string | undefined {
-  const byteCount = source.write(text, ZERO_BYTES); // of another text perhaps not all, but too many
+  // A text that is not ASCII takes more bytes than units. If it has to be cut short here, there are
+  // still more bytes than units.
+  const byteCount = source.write(text, ZERO_BYTES);
   if (byteCount !== text.length || text.includes("\r")) return undefined;
   let start = ZERO_BYTES + byteCount - 8; // of the last 8 bytes of the text
   for (let written = 0; written < byteCount; written += 8) {
@@ -1423,9 +1446,9 @@ const NOT_PLAIN = 2;
 const unitKinds = new Uint8Array(0x10000).fill(NOT_PLAIN, 0xd800, 0xe000);
 
 /**
- * Whether a unit is plain. The segmenter tells when it is met for the first time. By UAX #29, what
- * joins a neighbour at all joins an "a" before it (marks, joiners), an "a" after it (prepended
- * marks), its own kind (jamo), or is CR before LF.
+ * Whether a unit is plain. The segmenter is asked the first time that a unit is met. By UAX #29, it
+ * is enough to try the unit behind an "a" (marks and joiners join it), before an "a" (prepended
+ * marks join it), beside itself (jamo join) and before a line feed (CR joins it).
  */
 function isPlain(text: string, index: number): boolean {
   const unit = text.charCodeAt(index);
