@@ -11,6 +11,7 @@
  * 5. How the server starts and stops
  * 6. The subprotocol on-demand
  * 7. How a message is reversed
+ * 8. The start, if this file is run as a program
  */
 import { Buffer } from "node:buffer";
 import { createPrivateKey, hash, X509Certificate } from "node:crypto";
@@ -38,7 +39,8 @@ export type MessageHandler = (message: Message) => Message | void;
 /**
  * Begins a conversation: returns what answers the messages of this connection, or nothing if they
  * need no answer. Must not be async. If it or the handler throws, the connection is closed with
- * 1011. Errors that timers throw are not caught here; `main` logs them.
+ * 1011. An error in a timer is not caught. The command line logs it; a program that calls `serve`
+ * must catch it itself.
  */
 export type Subprotocol = (connection: Connection, handshake: Handshake) => MessageHandler | void;
 
@@ -94,9 +96,10 @@ export const limits = {
   connections: 10_000,
   /**
    * Seconds until a connection without a sign of life is ended. The runtimes send pings, and a pong
-   * is a sign of life. A message counts as well, but on Deno only when all of it has arrived, and
-   * no pong can come within a frame. So this must be longer than the longest message takes: 1 MiB
-   * takes 84 s at 100 kbit/s. With a larger `messageBytes`, make this larger.
+   * is a sign of life. But a client cannot send a pong within a long frame, and Deno counts a
+   * message only when it is complete. So this must be longer than the longest message takes: 1 MiB
+   * takes 84 s at 100 kbit/s, and 108 leaves some room. With a larger `messageBytes`, make this
+   * larger.
    */
   idleSeconds: 108,
   /** Seconds that a stopping server waits for its clients to answer the close frame. */
@@ -140,7 +143,7 @@ interface ServerState {
   readonly subprotocols: Record<string, Subprotocol>;
   readonly defaultSubprotocol?: string;
   readonly origins?: string[];
-  /** Logs a line. It is made only if it is shown. Undefined if the server is quiet. */
+  /** Logs a line, unless too many were logged just now. Undefined if the server is quiet. */
   readonly log?: (makeLine: () => string) => void;
   /**
    * All connections, including those that are closed but still take memory. On Bun, a Set would add
@@ -165,6 +168,7 @@ function answer(request: Request, address: string, state: ServerState): Response
 
   // The URL is made with the Host header, so a Host such as "a/b" would change its path.
   const url = URL.parse(request.url);
+  // A missing Host is refused below, and only in handshakes.
   const isHostValid = /^[\w.:[\]-]*$/.test(header("host"));
   if (!url || !isHostValid) return refuse(400, "The URL or the Host header is not valid.");
 
@@ -285,9 +289,9 @@ type Timer = ReturnType<typeof setTimeout>;
 interface Socket {
   /** Sends a message, or queues it. */
   send(message: Message): void;
-  /** The memory that the queued messages take, in bytes; after the end, what they still take. */
+  /** The memory of the queued messages, in bytes. After a close frame: of those still held. */
   queuedMemory(): number;
-  /** Sends a close frame behind the queued messages, but does not wait for ever for a client. */
+  /** Sends a close frame behind the queued messages. Does not wait if the client reads nothing. */
   close(code: number, reason: string): void;
 }
 
@@ -295,8 +299,8 @@ interface Socket {
 const QUEUED_MESSAGE_BYTES = 1024;
 
 /**
- * So much may be queued for a client without consequences, unless `limits.unreadBytes` is smaller.
- * With more, Bun stops reading from the client, and `limits.allUnreadBytes` may close it.
+ * A queue up to this size has no consequences. Over it, Bun stops reading from the client (earlier,
+ * if half of `limits.unreadBytes` is less), and `limits.allUnreadBytes` may close the client.
  */
 const SMALL_QUEUE_BYTES = 64 * 1024;
 
@@ -353,7 +357,7 @@ export class Connection {
     checkClose(code, reason);
     if (!this.#isOpen) return;
     this.#markClosed(code);
-    this.#socket?.close(code, reason);
+    this.#socket!.close(code, reason);
   }
 
   // The runtimes in part 4 call the next three methods: opened, received and ended.
@@ -404,6 +408,7 @@ export class Connection {
     if (this.#queuedMemory <= SMALL_QUEUE_BYTES) return this.#forget();
     // Behind a close frame, both runtimes keep what was queued until the client has really left, or
     // until the idle time is over, and they do not report that. So it is counted for as long.
+    // A timer of Node.js, since only those have unref() on both runtimes.
     timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
   }
 
@@ -462,7 +467,7 @@ export class Connection {
     this.#isOpen = false;
     this.#logAfterwards(() => `closed: ${this.address}, code ${code}`);
     queueMicrotask(() => {
-      // `onclose` is called a moment later, since a subprotocol may close before it has set it.
+      // Called in a microtask, since a subprotocol may first call `close` and then set `onclose`.
       try {
         checkNotAsync(this.onclose?.());
       } catch (error) {
@@ -472,8 +477,8 @@ export class Connection {
   }
 
   /**
-   * Logs in a microtask. The line of a received message shows the reply, so it is logged after the
-   * handler has run. The lines that the handler causes must come below it.
+   * Logs in a microtask, so that the lines that a handler causes come below "received data: …,
+   * replying: …", which is logged when the handler has returned.
    */
   #logAfterwards(makeLine: () => string): void {
     const { log } = this.#state;
@@ -534,11 +539,6 @@ const denoRuntime: Runtime = {
 };
 
 function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer {
-  let isStopped = false;
-  let server = startListening(options.port);
-  const { port } = server.addr; // a free one if the option was 0
-  return { port, stop };
-
   function handleRequest(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
     const address = hostPort(info.remoteAddr.hostname, info.remoteAddr.port);
     const result = answer(request, address, state);
@@ -553,10 +553,11 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     return response;
   }
 
-  function startListening(port: number): Deno.HttpServer<Deno.NetAddr> {
+  function startListening(wantedPort: number): Deno.HttpServer<Deno.NetAddr> {
     const { hostname, reusePort, tls } = options;
     const onListen = () => {}; // without it, Deno prints a line of its own
-    const newServer = Deno.serve({ port, hostname, reusePort, ...tls, onListen }, handleRequest);
+    const denoOptions = { port: wantedPort, hostname, reusePort, ...tls, onListen };
+    const newServer = Deno.serve(denoOptions, handleRequest);
     newServer.finished.catch((error) => {
       printError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
       listenAgain();
@@ -581,6 +582,11 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     isStopped = true;
     return server.shutdown();
   }
+
+  let isStopped = false;
+  let server = startListening(options.port);
+  const { port } = server.addr; // a free one if the option was 0
+  return { port, stop };
 }
 
 /**
@@ -666,7 +672,7 @@ class DenoSocket implements Socket {
 
   /**
    * Deno tells how many bytes wait, but not in how many messages. Messages are sent in order, so
-   * the bytes that wait no more are those of the oldest messages. An empty message adds no bytes,
+   * the bytes that have been sent are those of the oldest messages. An empty message adds no bytes,
    * so nobody can tell when it was sent: it stays counted until a later message that is not empty
    * was sent. So, with the default limits, 20,000 empty replies in a row close even a client that
    * reads.
@@ -690,7 +696,7 @@ class DenoSocket implements Socket {
    */
   close(code: number, reason: string): void {
     const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
-    const bufferedAmount = Infinity; // so that the first check counts as progress
+    const { bufferedAmount } = this.#webSocket;
     this.#closing = { code, reason, deadline, bufferedAmount, hasReceived: false };
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
@@ -943,13 +949,16 @@ export function serve(options: Options = {}): Server {
   checkDefaultSubprotocol(state);
   const listenOptions = {
     port: checkPort(options.port ?? DEFAULT_PORT),
-    hostname: checkHostname(options.hostname ?? DEFAULT_HOSTNAME),
+    hostname: parseHostname(options.hostname ?? DEFAULT_HOSTNAME),
     reusePort: options.reusePort ?? false,
     tls: checkTls(options.cert, options.key),
   };
   const runtimeServer = tryToListen(listenOptions, state);
   return { port: runtimeServer.port, stop: () => stopServer(runtimeServer, state) };
 }
+
+/** How long a stopping server waits for requests that are not finished. */
+const UNFINISHED_REQUEST_MILLISECONDS = 100;
 
 async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Promise<void> {
   state.isStopping = true;
@@ -958,7 +967,7 @@ async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Pro
   const deadline = Date.now() + state.limits.stopSeconds * 1000;
   while (state.connections.length > 0 && Date.now() < deadline) await sleep(10);
   // Without the race, Deno would wait for ever for a client that does not finish its request.
-  await Promise.race([runtimeServer.stop(), sleep(100)]);
+  await Promise.race([runtimeServer.stop(), sleep(UNFINISHED_REQUEST_MILLISECONDS)]);
 }
 
 function tryToListen(options: ListenOptions, state: ServerState): RuntimeServer {
@@ -994,7 +1003,7 @@ function checkPort(port: number): number {
   throw new Error(`a port must be a whole number from 0 to 65535, not ${port}`);
 }
 
-function checkHostname(hostname: string): string {
+function parseHostname(hostname: string): string {
   if (hostname === "") throw new Error("a hostname must not be empty");
   return withoutBrackets(hostname);
 }
@@ -1041,7 +1050,7 @@ function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
 const printLine = linePrinter(console.log);
 const printError = linePrinter(console.error);
 
-/** Makes a function that makes and prints a line, or only counts it if there are too many. */
+/** Returns a function that prints a line, or only counts it if there are too many. */
 function linePrinter(print: (line: string) => void): (makeLine: () => string) => void {
   let printedLines = 0;
   let skippedLines = 0;
@@ -1154,7 +1163,7 @@ function helpText(): string {
   const names = Object.keys(subprotocols).join(", ");
   const flags = Object.entries(flagTable);
   return [
-    "A WebSocket server that answers each message with the message reversed.",
+    "A WebSocket server. Its first subprotocol answers each message with the message reversed.",
     `Subprotocols: ${names}.`,
     "",
     ...flags.map(([name, { help }]) => `  --${name.padEnd(12)}${help}`),
@@ -1224,21 +1233,10 @@ function stopOnSignal(server: Server): void {
   process.on("SIGTERM", onSignal);
 }
 
-// The variables of part 7 have no values yet. They get them as the rest of the file runs, before
-// any message can arrive.
-if (import.meta.main) {
-  try {
-    main(process.argv.slice(2));
-  } catch (error) {
-    const [reason] = (error as Error).message.split("\n");
-    console.error(`Cannot start: ${reason} (see --help)`);
-    process.exit(1);
-  }
-}
-
 // ---- 6. The subprotocol on-demand ---------------------------------------------------------------
 // A small language over messages, for tests of clients and proxies. Every number and every text is
-// limited, so that no command can make the server hold more than the limits allow.
+// limited, and what is sent is limited as everywhere. Only delayed texts wait outside the limits:
+// at most 64 of 1000 characters for each connection.
 
 /** Does what a message asks for, such as "close 4001 bye". */
 function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
@@ -1246,7 +1244,7 @@ function onDemand(connection: Connection, handshake: Handshake): MessageHandler 
   connection.onclose = () => delayedTimers.forEach((timer) => clearTimeout(timer));
 
   return (message) => {
-    const { command, number, text } = parseCommand(String(message));
+    const { command, number, text } = parseCommand(message);
     switch (command) {
       case "close":
         return closeOnDemand(connection, number, text);
@@ -1269,9 +1267,10 @@ function onDemand(connection: Connection, handshake: Handshake): MessageHandler 
  * Parses a command such as "delay 500 hello": a word, a whole number and a text. A missing number
  * is Infinity, which is more than any command allows.
  */
-function parseCommand(message: string): { command: string; number: number; text: string } {
-  // The number must end at a space or at the end: "5x" is a text.
-  const parts = /^(\w+)(?: (\d+)(?= |$))?(?: (.*))?$/s.exec(message);
+function parseCommand(message: Message): { command: string; number: number; text: string } {
+  const line = typeof message === "string" ? message : "help";
+  // The number must end at a space or at the end: "5x" is a text. So are more than 15 digits.
+  const parts = /^(\w+)(?: (\d{1,15})(?= |$))?(?: (.*))?$/s.exec(line);
   const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
   return { command, number: Number(digits), text };
 }
@@ -1287,18 +1286,18 @@ function closeOnDemand(connection: Connection, code: number, reason: string): st
 /** Sends a text after some milliseconds, unless the connection has ended by then. */
 function delay(
   connection: Connection,
-  timers: Set<Timer>,
+  delayedTimers: Set<Timer>,
   milliseconds: number,
   text: string,
 ): string | void {
   if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
   if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
-  if (timers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
+  if (delayedTimers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
   const timer = setTimeout(() => {
-    timers.delete(timer);
+    delayedTimers.delete(timer);
     connection.send(text);
   }, milliseconds);
-  timers.add(timer);
+  delayedTimers.add(timer);
 }
 
 /** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */
@@ -1346,16 +1345,16 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// `source` holds the bytes of a text of ASCII after 8 zeros; `target` holds any reversed text.
-// Both grow with the longest text so far. The other variables show the same memory as numbers of 8
-// bytes and as UTF-16 units.
+// Both buffers grow with the longest text so far. `source`: 8 zero bytes, then a text as UTF-8.
+// `target`: the reversed text, then up to 7 spare bytes. The other variables show the same memory
+// as numbers of 8 bytes and as UTF-16 units.
 let source = Buffer.alloc(0);
 let target = Buffer.alloc(0);
 let sourceNumbers = new DataView(source.buffer);
 let targetNumbers = new DataView(target.buffer);
 let targetUnits = new Uint16Array(0);
 
-/** The zeros before the text in `source`. */
+/** The zero bytes at the beginning of `source`. */
 const ZERO_BYTES = 8;
 
 /**
@@ -1365,16 +1364,13 @@ const ZERO_BYTES = 8;
  */
 const UNUSED_BYTES = 2048;
 
-/**
- * Makes room for a text of so many units: in `source` after the zeros, in `target` before the up to
- * 7 bytes that `reverseAscii` writes after the text.
- */
+/** Makes both buffers large enough for a text of so many units. */
 function growBuffers(unitCount: number): void {
-  const neededBytes = 2 * unitCount + 8;
+  const neededBytes = 2 * unitCount + 8; // UTF-16, and the zero bytes or the spare bytes
   if (target.length >= neededBytes) return;
-  const byteCount = 2 * neededBytes; // so that growing is rare
-  const sourceMemory = new ArrayBuffer(byteCount);
-  const targetMemory = new ArrayBuffer(UNUSED_BYTES + byteCount);
+  const capacity = 2 * neededBytes; // so that growing is rare
+  const sourceMemory = new ArrayBuffer(capacity);
+  const targetMemory = new ArrayBuffer(UNUSED_BYTES + capacity);
   source = Buffer.from(sourceMemory);
   target = Buffer.from(targetMemory, UNUSED_BYTES);
   sourceNumbers = new DataView(sourceMemory);
@@ -1387,13 +1383,11 @@ function growBuffers(unitCount: number): void {
  * and all else takes more. The only cluster of two ASCII characters is CR LF.
  *
  * Eight bytes are moved at a time, as one number. Reading it as little-endian and writing it as
- * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning.
- * The last one may reach into the zeros before the text. They are then written after the reversed
- * text, where nobody reads them.
+ * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning. The
+ * last one may reach into the zero bytes before the text. These become the spare bytes.
  *
  * The numbers are floats. Their bits stay as they are unless they make a NaN, which bytes of ASCII
- * never do. For 64 KiB, floats take 7 to 20 µs, BigInts 8 to 60 µs, the native reverse() 13 to 55
- * µs.
+ * never do. For 64 KiB, floats take 7 to 20 µs, BigInts 8 to 60 µs, the native reverse() 13 to 55 µs.
  */
 function reverseAscii(text: string): string | undefined {
   // A text that is not ASCII takes more bytes than units. If it has to be cut short here, there are
@@ -1458,4 +1452,16 @@ function isPlain(text: string, index: number): boolean {
     unitKinds[unit] = clusterCount === probe.length ? PLAIN : NOT_PLAIN;
   }
   return unitKinds[unit] === PLAIN;
+}
+
+// ---- 8. The start, if this file is run as a program ---------------------------------------------
+
+if (import.meta.main) {
+  try {
+    main(process.argv.slice(2));
+  } catch (error) {
+    const [reason] = (error as Error).message.split("\n");
+    console.error(`Cannot start: ${reason} (see --help)`);
+    process.exit(1);
+  }
 }

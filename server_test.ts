@@ -908,6 +908,7 @@ describe("the subprotocols", () => {
     "what?": /close CODE REASON.*headers, help$/,
     "delay 60001 x": /at most 60000/,
     "delay x y": /at most 60000/,
+    "delay 0000000000000000005 x": /at most 60000/,
     [`delay 1 ${"x".repeat(1001)}`]: /at most 1000 characters/,
     "repeat 99999999 x": /at most \d+ times/,
     "repeat 1.5 x": /at most \d+ times/,
