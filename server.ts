@@ -1,6 +1,6 @@
 /**
- * A WebSocket server for Deno and Bun. It speaks several subprotocols; the first of them answers
- * each message with the message reversed.
+ * A WebSocket server for Deno and Bun. It speaks several subprotocols, of which
+ * dumb-increment-protocol answers each message with the message reversed.
  *
  * Read it from the top: first what you would change, then how it works.
  *
@@ -39,8 +39,8 @@ export type MessageHandler = (message: Message) => Message | void;
 /**
  * Begins a conversation: returns what answers the messages of this connection, or nothing if they
  * need no answer. Must not be async. If it or the handler throws, the connection is closed with
- * 1011. An error in a timer is not caught. The command line logs it; a program that calls `serve`
- * must catch it itself.
+ * 1011. An error in a timer is not caught here. A server started from the command line logs it and
+ * goes on; a program that calls `serve` must catch it itself.
  */
 export type Subprotocol = (connection: Connection, handshake: Handshake) => MessageHandler | void;
 
@@ -111,7 +111,7 @@ export type Limits = typeof limits;
 /** The least and the greatest value of some limits. The others may be 1 to GREATEST_LIMIT. */
 const limitRanges: Partial<Record<keyof Limits, [least: number, most: number]>> = {
   messageBytes: [1, 64 * 1024 * 1024 - 1], // Deno ends the connection at a frame of 64 MiB
-  idleSeconds: [8, 960], // Bun accepts no others
+  idleSeconds: [8, 960], // the range of Bun
   stopSeconds: [0, 3600],
 };
 
@@ -272,8 +272,8 @@ function contentHash(element: "style" | "script"): string {
 }
 
 // ---- 3. A connection ----------------------------------------------------------------------------
-// A `Connection` calls its subprotocol and keeps one client from harming the others. If the
-// subprotocol throws, only this connection is closed.
+// A `Connection` calls its subprotocol and keeps one client from harming the others, as far as the
+// runtime lets it. If the subprotocol throws, only this connection is closed.
 //
 // Replies to a client that does not read are queued in the server's memory. To stop reading from
 // that client until it has caught up is called backpressure. Bun can do it, Deno cannot (part 4).
@@ -289,13 +289,13 @@ type Timer = ReturnType<typeof setTimeout>;
 interface Socket {
   /** Sends a message, or queues it. */
   send(message: Message): void;
-  /** The memory of the queued messages, in bytes. After a close frame: of those still held. */
+  /** The memory of the queued messages, in bytes; after the end, of those that are still kept. */
   queuedMemory(): number;
-  /** Sends a close frame behind the queued messages. Does not wait if the client reads nothing. */
+  /** Sends a close frame after the queued messages, or before if the client stops reading. */
   close(code: number, reason: string): void;
 }
 
-/** About the memory that Deno needs for each queued message, besides its bytes. */
+/** Roughly how many bytes Deno needs for each queued message, besides those of the message. */
 const QUEUED_MESSAGE_BYTES = 1024;
 
 /**
@@ -391,7 +391,8 @@ export class Connection {
     try {
       const reply = this.#handler?.(message);
       checkNotAsync(reply);
-      const sentReply = reply !== undefined && this.#send(reply) ? reply : undefined;
+      const isSent = reply !== undefined && this.#send(reply);
+      const sentReply = isSent ? reply : undefined;
       this.#state.log?.(() =>
         `received data: ${preview(message)}, replying: ${preview(sentReply)}`
       );
@@ -401,13 +402,16 @@ export class Connection {
     }
   }
 
-  /** The runtime reports the end of the connection. Harmless if called twice. */
+  /**
+   * The runtime reports the end, although a client may still be there after a close frame. Harmless
+   * if called twice.
+   */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
     this.#measureQueuedMemory();
     if (this.#queuedMemory <= SMALL_QUEUE_BYTES) return this.#forget();
-    // Behind a close frame, both runtimes keep what was queued until the client has really left, or
-    // until the idle time is over, and they do not report that. So it is counted for as long.
+    // The runtime keeps what is queued until the client really leaves or the idle time is over, and
+    // reports neither. So it is counted for the idle time.
     // A timer of Node.js, since only those have unref() on both runtimes.
     timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
   }
@@ -432,7 +436,8 @@ export class Connection {
   }
 
   /**
-   * Queues have become shorter since they were measured. So they are measured again before a close.
+   * Queues may have become shorter since they were measured. So they are measured again before a
+   * client is closed for them.
    */
   #hasTooMuchUnread(): boolean {
     const { unreadBytes, allUnreadBytes } = this.limits;
@@ -539,13 +544,17 @@ const denoRuntime: Runtime = {
 };
 
 function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer {
+  let isStopped = false;
+  let server: Deno.HttpServer<Deno.NetAddr>;
+
   function handleRequest(request: Request, info: Deno.ServeHandlerInfo<Deno.NetAddr>): Response {
     const address = hostPort(info.remoteAddr.hostname, info.remoteAddr.port);
     const result = answer(request, address, state);
     if (result instanceof Response) return result;
 
-    const { socket: webSocket, response } = upgradeOnDeno(request, result);
-    const socket = new DenoSocket(webSocket, result);
+    const connection = result;
+    const { socket: webSocket, response } = upgradeOnDeno(request, connection);
+    const socket = new DenoSocket(webSocket, connection);
     // Listeners take 1 KB less for each connection than onopen, onmessage and onclose.
     webSocket.addEventListener("open", () => socket.opened(), { once: true });
     webSocket.addEventListener("message", ({ data }) => socket.received(data));
@@ -571,7 +580,7 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
       await sleep(50);
       if (isStopped) return;
       try {
-        server = startListening(port);
+        server = startListening(server.addr.port);
         return;
       } catch { // There is no file descriptor yet.
       }
@@ -583,17 +592,15 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     return server.shutdown();
   }
 
-  let isStopped = false;
-  let server = startListening(options.port);
-  const { port } = server.addr; // a free one if the option was 0
-  return { port, stop };
+  server = startListening(options.port);
+  return { port: server.addr.port, stop }; // a free port if the option was 0
 }
 
 /**
  * Deno finds the subprotocol only among offers that are spelt "a, b", as browsers spell them. For
  * other spellings the header is set afterwards. Deno 2.5, the version that Deno Deploy documents,
  * forbids this, so these clients get no subprotocol there. Deno 2.9 allows it. When Deno Deploy has
- * 2.9, leave out `protocol` and always set the header.
+ * 2.9, leave out `protocol` and set the header whenever the client made offers.
  */
 function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocketUpgrade {
   const { subprotocolName } = connection;
@@ -617,6 +624,8 @@ interface Closing {
   readonly reason: string;
   /** When the frame is sent even if the client has not read everything. */
   deadline: number;
+  /** The latest deadline, however slowly the client reads. */
+  readonly lastDeadline: number;
   /** The bytes that were queued at the last check. */
   bufferedAmount: number;
   /** Whether a message has come since the last check. */
@@ -626,7 +635,7 @@ interface Closing {
 /** How often DenoSocket checks whether a client that is to be closed has read everything. */
 const CLOSE_CHECK_MILLISECONDS = 20;
 
-/** How long it waits for such a client while the client reads nothing. */
+/** How long it waits for such a client while the client reads nothing, or goes on sending. */
 const CLOSE_PATIENCE_MILLISECONDS = 500;
 
 /** Deno reads all that a client sends, and queues all that the client does not read. */
@@ -695,9 +704,14 @@ class DenoSocket implements Socket {
    * everything and is silent, or when it has read nothing for a while.
    */
   close(code: number, reason: string): void {
-    const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
-    const { bufferedAmount } = this.#webSocket;
-    this.#closing = { code, reason, deadline, bufferedAmount, hasReceived: false };
+    this.#closing = {
+      code,
+      reason,
+      deadline: Date.now() + CLOSE_PATIENCE_MILLISECONDS,
+      lastDeadline: Date.now() + this.#connection.limits.idleSeconds * 1000,
+      bufferedAmount: this.#webSocket.bufferedAmount,
+      hasReceived: false,
+    };
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
   }
 
@@ -709,7 +723,10 @@ class DenoSocket implements Socket {
     if (Date.now() > closing.deadline) return this.#sendCloseFrame(closing);
 
     const hasRead = bufferedAmount < closing.bufferedAmount;
-    if (hasRead) closing.deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
+    if (hasRead) {
+      const deadline = Date.now() + CLOSE_PATIENCE_MILLISECONDS;
+      closing.deadline = Math.min(deadline, closing.lastDeadline);
+    }
     closing.bufferedAmount = bufferedAmount;
     closing.hasReceived = false;
     setTimeout(() => this.#checkClosing(), CLOSE_CHECK_MILLISECONDS);
@@ -728,7 +745,7 @@ class DenoSocket implements Socket {
   }
 }
 
-// Bun. Only those of its types that are needed:
+// Bun. Its types, as far as they are needed:
 
 declare const Bun: { serve(options: object): { port: number; stop(now: boolean): Promise<void> } };
 
@@ -758,10 +775,11 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
     const result = answer(request, hostPort(client?.address, client?.port), state);
     if (result instanceof Response) return result;
 
+    const connection = result;
     const isOffered = request.headers.has("sec-websocket-protocol");
     const headers = new Headers();
-    if (isOffered) headers.set("sec-websocket-protocol", result.subprotocolName);
-    const isUpgraded = server.upgrade(request, { headers, data: new BunSocket(result) });
+    if (isOffered) headers.set("sec-websocket-protocol", connection.subprotocolName);
+    const isUpgraded = server.upgrade(request, { headers, data: new BunSocket(connection) });
     if (isUpgraded) return undefined; // Bun has answered
     return textResponse(400, "Bun has refused the handshake."); // never seen: `answer` checks more
   }
@@ -797,7 +815,7 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
 class BunSocket implements Socket {
   readonly #connection: Connection;
   #webSocket?: BunWebSocket; // since it opened
-  #queuedMemory = 0; // after the last send or drain
+  #queuedMemory = 0; // when last measured
   #pauseTimer?: Timer; // while Bun does not read
   #heldMessages?: Message[]; // that Bun had read before the pause
 
@@ -912,7 +930,7 @@ export interface Options {
    * The origins whose pages may connect, such as "https://example.org". Default: all origins.
    * Clients that send no Origin header are not browsers; this option does not restrict them.
    */
-  origin?: string[];
+  origins?: string[];
   /** The subprotocol for clients that offer none. Default: none; such clients are refused. */
   defaultSubprotocol?: string;
   /** Whether only errors are logged. Default: false. */
@@ -940,7 +958,7 @@ export function serve(options: Options = {}): Server {
     limits: checkLimits({ ...limits, ...options.limits }),
     subprotocols: options.subprotocols ?? subprotocols,
     defaultSubprotocol: options.defaultSubprotocol,
-    origins: options.origin?.map(parseOrigin),
+    origins: options.origins?.map(parseOrigin),
     log: options.quiet ? undefined : printLine,
     connections: [],
     allQueuedMemory: 0,
@@ -1014,7 +1032,8 @@ function withoutBrackets(hostname: string): string {
 }
 
 /**
- * Returns an origin as browsers send it, without a default port or a last slash (RFC 6454, 6.2).
+ * Returns an origin as browsers send it, without a default port or a trailing slash (RFC 6454,
+ * 6.2).
  */
 function parseOrigin(text: string): string {
   if (text === "null") return text; // from a page opened as a file or in a sandboxed frame
@@ -1032,7 +1051,7 @@ function parseOrigin(text: string): string {
 
 function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
   if (cert === undefined && key === undefined) return undefined;
-  if (!cert || !key) throw new Error("--cert and --key must be given together, each with a file");
+  if (!cert || !key) throw new Error("--cert and --key must be given together");
   let isKeyOfCertificate: boolean;
   try {
     isKeyOfCertificate = new X509Certificate(cert).checkPrivateKey(createPrivateKey(key));
@@ -1095,7 +1114,7 @@ function inspectSafely(error: unknown): string {
   }
 }
 
-/** Shows a message in the log: a text by its first 80 characters, bytes by their number. */
+/** Shows a message in the log: a text by its first 80 characters, bytes by their count. */
 function preview(message: Message | void): string {
   if (message === undefined) return "(nothing)";
   if (typeof message !== "string") return `${message.length} bytes`;
@@ -1105,7 +1124,7 @@ function preview(message: Message | void): string {
   return `${escapeControls(start)}… (length ${message.length})`;
 }
 
-/** What a client sends must not steer the terminal, nor look like a line of the log. */
+/** What a client sends must not control the terminal, nor look like a line of the log. */
 function escapeControls(text: string): string {
   return text.replace(/[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, (character) => {
     return "\\u" + character.charCodeAt(0).toString(16).padStart(4, "0");
@@ -1114,7 +1133,7 @@ function escapeControls(text: string): string {
 
 /**
  * Joins a host and a port as in a URL. Bun may not know them if the client has left already. `join`
- * makes one string, while a template would keep the strings that it is made of in memory, too.
+ * makes one flat string, while a template would keep its parts in memory, too.
  */
 function hostPort(host = "unknown", port = 0): string {
   const name = host.includes(":") ? `[${host}]` : host;
@@ -1145,7 +1164,7 @@ function main(args: string[]): void {
     reusePort: flags["reuse-port"],
     cert: readFile(flags.cert),
     key: readFile(flags.key),
-    origin: flags.origin,
+    origins: flags.origin,
     defaultSubprotocol: flags.default,
     quiet: flags.quiet,
   });
@@ -1163,7 +1182,7 @@ function helpText(): string {
   const names = Object.keys(subprotocols).join(", ");
   const flags = Object.entries(flagTable);
   return [
-    "A WebSocket server. Its first subprotocol answers each message with the message reversed.",
+    "A WebSocket server; dumb-increment-protocol answers each message with the message reversed.",
     `Subprotocols: ${names}.`,
     "",
     ...flags.map(([name, { help }]) => `  --${name.padEnd(12)}${help}`),
@@ -1317,7 +1336,7 @@ function describeHandshake({ address, requestLine, headers }: Handshake): string
   return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
 }
 
-/** The memory that a message takes while it is queued, in bytes. */
+/** The memory that a message takes at most while it is queued, in bytes. */
 function memorySize(message: Message): number {
   return Buffer.byteLength(message) + QUEUED_MESSAGE_BYTES;
 }
@@ -1383,11 +1402,12 @@ function growBuffers(unitCount: number): void {
  * and all else takes more. The only cluster of two ASCII characters is CR LF.
  *
  * Eight bytes are moved at a time, as one number. Reading it as little-endian and writing it as
- * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning. The
- * last one may reach into the zero bytes before the text. These become the spare bytes.
+ * big-endian reverses its bytes. The numbers are read from the end of the text to its beginning.
+ * The last one may reach into the zero bytes before the text. These become the spare bytes.
  *
  * The numbers are floats. Their bits stay as they are unless they make a NaN, which bytes of ASCII
- * never do. For 64 KiB, floats take 7 to 20 µs, BigInts 8 to 60 µs, the native reverse() 13 to 55 µs.
+ * never do. For 64 KiB, floats take 7 to 20 µs, BigInts 8 to 60 µs, the native reverse() 13 to 55
+ * µs.
  */
 function reverseAscii(text: string): string | undefined {
   // A text that is not ASCII takes more bytes than units. If it has to be cut short here, there are
@@ -1405,8 +1425,8 @@ function reverseAscii(text: string): string | undefined {
 
 /**
  * Reverses any text. Each plain unit is put in its place. For a unit that is not plain, its whole
- * cluster is put in place. A cluster may begin with a plain unit, such as the "e" of "e\u0308":
- * then it covers the place where this unit was put before.
+ * cluster is put in place. A plain unit at the beginning of a cluster, such as the "e" of
+ * "e\u0308", was put where the end of the cluster belongs, and is overwritten.
  */
 function reverseClusters(text: string): string {
   let segments: Intl.Segments | undefined; // most texts need none, and making them takes time

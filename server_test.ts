@@ -1632,7 +1632,7 @@ describe("serve()", () => {
     [{ port: 65536 }, /a port must be a whole number from 0 to 65535, not 65536/],
     [{ port: NaN }, /a port must be a whole number from 0 to 65535, not NaN/],
     [{ defaultSubprotocol: "nope" }, /must be one of: dumb-increment-protocol, .*'nope'/],
-    [{ origin: ["*"] }, /an origin must be like .*'\*'/],
+    [{ origins: ["*"] }, /an origin must be like .*'\*'/],
     [{ hostname: "" }, /a hostname must not be empty/],
     [{ cert: "x" }, /must be given together/],
   ];
