@@ -53,7 +53,7 @@ export const subprotocols: Record<string, Subprotocol> = {
   "echo": () => (message) => message,
   "count": count,
   "chat": chat,
-  "on-demand": onDemand,
+  "on-demand": onDemand, // part 6; for tests of clients and proxies
 };
 
 /** Sends "1", "2", "3", one a second. The message "reset" starts again. */
@@ -89,7 +89,8 @@ export const limits = {
   unreadBytes: 20 * 1024 * 1024,
   /**
    * The same for all clients together. While they have left more unread, a client with more than 64
-   * KiB is closed when the next message is to be sent to it.
+   * KiB unread is closed when the next message is to be sent to it. Others are never closed for it,
+   * so the sum may be larger.
    */
   allUnreadBytes: 96 * 1024 * 1024,
   /** Connections at the same time. Further handshakes are refused with 503. */
@@ -191,7 +192,7 @@ function answer(request: Request, address: string, state: ServerState): Response
     return refuse(400, "The header Connection: Upgrade is missing.");
   }
   if (headers.has("content-length") || headers.has("transfer-encoding")) {
-    return refuse(400, "A handshake must not have a body.");
+    return refuse(400, "A handshake must not have a body, nor a Content-Length.");
   }
   const origin = headers.get("origin");
   if (state.origins && origin !== null && !state.origins.includes(origin)) {
@@ -221,7 +222,8 @@ function answer(request: Request, address: string, state: ServerState): Response
 function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
   if (offers === null) return state.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
-  // Our own equal string, since a part of the header would keep the whole header in memory.
+  // Return the key of the table: the equal part of the header would keep the whole header in
+  // memory.
   return Object.keys(state.subprotocols).find((name) => name === selected);
 }
 
@@ -291,7 +293,9 @@ interface Socket {
   send(message: Message): void;
   /** The memory of the queued messages, in bytes; after the end, of those that are still kept. */
   queuedMemory(): number;
-  /** Sends a close frame after the queued messages, or before if the client stops reading. */
+  /**
+   * Sends a close frame after the queued messages. Does not wait long if the client stops reading.
+   */
   close(code: number, reason: string): void;
 }
 
@@ -335,14 +339,14 @@ export class Connection {
   }
 
   /** The limits of the server. */
-  get limits(): Limits {
+  get limits(): Readonly<Limits> {
     return this.#state.limits;
   }
 
   /**
    * Sends a message; does nothing once the connection is closed. A client that has left more unread
-   * than `limits` allow is closed with 1008 instead. Throws a TypeError if it is neither text nor
-   * bytes.
+   * than `limits` allow is closed with 1008 instead. Throws a TypeError if the message is neither a
+   * string nor a Uint8Array.
    */
   send(message: Message): void {
     const isSent = this.#send(message);
@@ -403,8 +407,8 @@ export class Connection {
   }
 
   /**
-   * The runtime reports the end, although a client may still be there after a close frame. Harmless
-   * if called twice.
+   * The runtime reports the end. After a close frame, the TCP connection may still be open. May be
+   * called twice.
    */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
@@ -638,14 +642,17 @@ const CLOSE_CHECK_MILLISECONDS = 20;
 /** How long it waits for such a client while the client reads nothing, or goes on sending. */
 const CLOSE_PATIENCE_MILLISECONDS = 500;
 
-/** Deno reads all that a client sends, and queues all that the client does not read. */
+/**
+ * Deno reads all that a client sends, and queues all that the client does not read. Its pings wait
+ * behind the queue, so the idle time does not end a client that reads nothing.
+ */
 class DenoSocket implements Socket {
   readonly #webSocket: WebSocket;
   readonly #connection: Connection;
   readonly #queuedLengths: number[] = []; // in bytes, of messages that may still wait; oldest first
   #queuedBytes = 0; // the sum of these
   #closing?: Closing; // from close() until the close frame is sent
-  #abandonedMemory = 0; // what was queued when the close frame was sent
+  #isAbandoned = false; // whether messages were queued when the close frame was sent
 
   constructor(webSocket: WebSocket, connection: Connection) {
     this.#webSocket = webSocket;
@@ -669,7 +676,13 @@ class DenoSocket implements Socket {
   }
 
   ended(code: number): void {
+    if (!this.#isAbandoned) this.#forgetQueue();
     this.#connection.ended(code || 1006); // 0 is an end without a close frame
+  }
+
+  #forgetQueue(): void {
+    this.#queuedLengths.length = 0;
+    this.#queuedBytes = 0;
   }
 
   send(message: Message): void {
@@ -687,15 +700,18 @@ class DenoSocket implements Socket {
    * reads.
    */
   queuedMemory(): number {
-    const { readyState, bufferedAmount } = this.#webSocket;
-    if (readyState !== WebSocket.OPEN) return this.#abandonedMemory;
-    let sentBytes = this.#queuedBytes - bufferedAmount;
+    // After a close frame in either direction, Deno tells 0 although messages may still be queued.
+    if (this.#webSocket.readyState === WebSocket.OPEN) this.#forgetSentMessages();
+    return this.#queuedBytes + this.#queuedLengths.length * QUEUED_MESSAGE_BYTES;
+  }
+
+  #forgetSentMessages(): void {
+    let sentBytes = this.#queuedBytes - this.#webSocket.bufferedAmount;
     while (sentBytes > 0 && sentBytes >= this.#queuedLengths[0]) {
       const length = this.#queuedLengths.shift()!;
       sentBytes -= length;
       this.#queuedBytes -= length;
     }
-    return this.#queuedBytes + this.#queuedLengths.length * QUEUED_MESSAGE_BYTES;
   }
 
   /**
@@ -740,7 +756,8 @@ class DenoSocket implements Socket {
 
   #sendCloseFrame({ code, reason }: Closing): void {
     this.#closing = undefined;
-    if (this.#webSocket.bufferedAmount > 0) this.#abandonedMemory = this.queuedMemory();
+    this.#forgetSentMessages();
+    this.#isAbandoned = this.#webSocket.bufferedAmount > 0;
     this.#webSocket.close(code, reason);
   }
 }
@@ -756,6 +773,7 @@ interface BunServer {
 
 interface BunWebSocket {
   readonly data: BunSocket;
+  readonly readyState: number;
   binaryType: string;
   send(message: Message): number;
   close(code: number, reason: string): void;
@@ -839,11 +857,11 @@ class BunSocket implements Socket {
   }
 
   /**
-   * After a message over the limit, Bun reports 1006 here, though it has sent 1009 to the client.
+   * Bun reports 1006 after a message over the limit, too: it sends 1009 and ends the connection.
    */
   ended(code: number, reason: string): void {
     clearTimeout(this.#pauseTimer);
-    if (code === 1006) this.#queuedMemory = 0; // the TCP connection has ended
+    if (code === 1006) this.#queuedMemory = 0; // Bun keeps nothing then
     this.#connection.ended(reason === "Received too big message" ? 1009 : code);
   }
 
@@ -887,6 +905,7 @@ class BunSocket implements Socket {
     this.#pauseTimer = undefined;
     this.#measure();
     this.#receiveHeldMessages();
+    if (this.#webSocket!.readyState !== WebSocket.OPEN) return; // a held message closed it
     if (this.#mustPause()) this.#pause();
     else this.#webSocket!.resume();
   }
@@ -1051,7 +1070,9 @@ function parseOrigin(text: string): string {
 
 function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
   if (cert === undefined && key === undefined) return undefined;
-  if (!cert || !key) throw new Error("--cert and --key must be given together");
+  if (cert === undefined || key === undefined) {
+    throw new Error("--cert and --key must be given together");
+  }
   let isKeyOfCertificate: boolean;
   try {
     isKeyOfCertificate = new X509Certificate(cert).checkPrivateKey(createPrivateKey(key));
@@ -1288,7 +1309,8 @@ function onDemand(connection: Connection, handshake: Handshake): MessageHandler 
  */
 function parseCommand(message: Message): { command: string; number: number; text: string } {
   const line = typeof message === "string" ? message : "help";
-  // The number must end at a space or at the end: "5x" is a text. So are more than 15 digits.
+  // The number must end at a space or at the end: "5x" is part of the text, and so is a number of
+  // more than 15 digits.
   const parts = /^(\w+)(?: (\d{1,15})(?= |$))?(?: (.*))?$/s.exec(line);
   const [, command = "help", digits = "Infinity", text = ""] = parts ?? [];
   return { command, number: Number(digits), text };
