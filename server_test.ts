@@ -1355,6 +1355,19 @@ describe("the log", () => {
     assert.doesNotMatch(program.out, /too late/);
   });
 
+  test("a reply that a subprotocol returns after close() is not logged as sent", async () => {
+    const program = startExtended(`
+      subprotocols["late"] = (connection) => () => {
+        connection.close();
+        return "too late";
+      };
+    `);
+    const client = await RawClient.open(await program.port(), "late");
+    client.send("x");
+    await program.prints(/^closed: .*, code 1000$/m);
+    assert.match(program.out, /^received data: x, replying: \(nothing\)$/m);
+  });
+
   test("a client that resets its connection is logged as closed with code 1006", async () => {
     const program = startProgram(["--port", "0"]);
     const client = await RawClient.open(await program.port());
@@ -1586,7 +1599,7 @@ describe("the command line", () => {
     assert.equal(await client.ask("same"), "same");
   });
 
-  test("--origin lets in pages of the given origins, and clients without an origin", async () => {
+  test("--origin refuses pages of other origins, and lets in clients without an origin", async () => {
     const origins = ["https://A.example:443/", "https://b.example:8443"];
     const args = origins.flatMap((origin) => ["--origin", origin]);
     const port = await startProgram(["--port", "0", ...args]).port();
@@ -2137,7 +2150,7 @@ describe("failing subprotocols", () => {
     ["long-reason", "whose opening closes with too long a reason", /RangeError: .*123 bytes/],
   ];
   for (const [name, what, error] of openFailures) {
-    test(`a connection ${what} is reported and closed with 1011`, async () => {
+    test(`a connection ${what} is reported and closed with 1011; others go on`, async () => {
       const program = startExtended(failingSubprotocols, ["--quiet"]);
       const port = await program.port();
       const other = await RawClient.open(port);
@@ -2160,7 +2173,7 @@ describe("failing subprotocols", () => {
     ["gives-a-number", "returns a number", /TypeError: a message must be a string or a Uint8Array/],
   ];
   for (const [name, what, error] of messageFailures) {
-    test(`a connection whose handler ${what} is reported and closed with 1011`, async () => {
+    test(`a connection whose handler ${what} is reported and closed with 1011; others go on`, async () => {
       const program = startExtended(failingSubprotocols, ["--quiet"]);
       const port = await program.port();
       const other = await RawClient.open(port);
