@@ -1275,31 +1275,23 @@ function stopOnSignal(server: Server): void {
 
 // ---- 6. The subprotocol on-demand ---------------------------------------------------------------
 // A small language over messages, for tests of clients and proxies. Every number and every text is
-// limited, and what is sent is limited as everywhere. Only delayed texts wait outside the limits:
-// at most 64 of 1000 characters for each connection.
+// limited, and what is sent is limited as everywhere.
+
+const HELP = "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
+  "bytes COUNT, headers, help";
 
 /** Does what a message asks for, such as "close 4001 bye". */
 function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
   const delayedTimers = new Set<Timer>();
-  connection.onclose = () => delayedTimers.forEach((timer) => clearTimeout(timer));
-
+  connection.onclose = () => delayedTimers.forEach(forgetDelayed);
   return (message) => {
     const { command, number, text } = parseCommand(message);
-    switch (command) {
-      case "close":
-        return closeOnDemand(connection, number, text);
-      case "delay":
-        return delay(connection, delayedTimers, number, text);
-      case "repeat":
-        return repeat(connection, number, text);
-      case "bytes":
-        return zeroBytes(connection, number);
-      case "headers":
-        return describeHandshake(handshake);
-      default:
-        return "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
-          "bytes COUNT, headers, help";
-    }
+    if (command === "close") return closeOnDemand(connection, number, text);
+    if (command === "delay") return delay(connection, delayedTimers, number, text);
+    if (command === "repeat") return repeat(connection, number, text);
+    if (command === "bytes") return zeroBytes(connection, number);
+    if (command === "headers") return describeHandshake(handshake);
+    return HELP;
   };
 }
 
@@ -1324,6 +1316,13 @@ function closeOnDemand(connection: Connection, code: number, reason: string): st
   }
 }
 
+let allDelayed = 0; // the delayed texts of all connections: at most 10,000, which are 10 to 20 MB
+
+function forgetDelayed(timer: Timer): void {
+  clearTimeout(timer);
+  allDelayed--;
+}
+
 /** Sends a text after some milliseconds, unless the connection has ended by then. */
 function delay(
   connection: Connection,
@@ -1334,11 +1333,14 @@ function delay(
   if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
   if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
   if (delayedTimers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
+  if (allDelayed >= 10_000) return "delay MILLISECONDS TEXT: other clients delay too many messages";
   const timer = setTimeout(() => {
     delayedTimers.delete(timer);
+    forgetDelayed(timer);
     connection.send(text);
   }, milliseconds);
   delayedTimers.add(timer);
+  allDelayed++;
 }
 
 /** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */

@@ -867,6 +867,22 @@ describe("the subprotocols", () => {
     for (const member of members) assert.equal(await member.nextText(), "hello all");
   });
 
+  test("on-demand delays at most 10,000 messages in all, until their clients leave", async () => {
+    const port = listen();
+    const opening = Array.from({ length: 160 }, () => RawClient.open(port, "on-demand"));
+    const clients = await Promise.all(opening);
+    const delays = Buffer.concat(Array(64).fill(encodeFrame(TEXT, "delay 60000 x")));
+    for (const client of clients) {
+      client.socket.write(delays);
+      client.socket.write(encodeFrame(TEXT, "help")); // its answer shows that all have arrived
+    }
+    await Promise.all(clients.map((client) => client.nextFrame()));
+    const other = await RawClient.open(port, "on-demand");
+    assert.match((await other.ask("delay 1 x"))!, /other clients delay too many/);
+    for (const { socket } of clients) socket.resetAndDestroy();
+    await eventually(async () => assert.equal(await other.ask("delay 1 x"), "x"), "room again");
+  });
+
   test("chat goes on when a member is cut off", async () => {
     const port = listen();
     const members = await Promise.all([1, 2, 3].map(() => RawClient.open(port, "chat")));
