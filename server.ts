@@ -140,10 +140,8 @@ export interface Handshake {
 
 /** What the requests and the connections of one server share. */
 interface ServerState {
-  readonly limits: Limits;
-  readonly subprotocols: Record<string, Subprotocol>;
-  readonly defaultSubprotocol?: string;
-  readonly origins?: string[];
+  /** What `serve` was given, checked and with the defaults (part 5). */
+  readonly options: CompleteOptions;
   /** Logs a line, unless too many were logged just now. Undefined if the server is quiet. */
   readonly log?: (makeLine: () => string) => void;
   /**
@@ -151,13 +149,14 @@ interface ServerState {
    * 100 bytes to the 2.2 KB that an idle connection takes.
    */
   readonly connections: Connection[];
-  /** The sum of what is queued for all connections, each as it was when last measured. */
+  /** The memory of the unread messages of all connections, each as it was when last measured. */
   allQueuedMemory: number;
   isStopping: boolean;
 }
 
 /** Answers a request: with a page, a refusal, or a Connection if the request is to be upgraded. */
 function answer(request: Request, address: string, state: ServerState): Response | Connection {
+  const { options } = state;
   const { method, headers } = request;
   const header = (name: string) => headers.get(name) ?? "";
 
@@ -195,12 +194,12 @@ function answer(request: Request, address: string, state: ServerState): Response
     return refuse(400, "A handshake must not have a body, nor a Content-Length.");
   }
   const origin = headers.get("origin");
-  if (state.origins && origin !== null && !state.origins.includes(origin)) {
+  if (options.origins && origin !== null && !options.origins.includes(origin)) {
     return refuse(403, "Pages of this origin may not connect.");
   }
-  const subprotocolName = selectSubprotocol(headers.get("sec-websocket-protocol"), state);
+  const subprotocolName = selectSubprotocol(headers.get("sec-websocket-protocol"), options);
   if (!subprotocolName) {
-    const names = Object.keys(state.subprotocols).join(", ");
+    const names = Object.keys(options.subprotocols).join(", ");
     return refuse(400, `Sec-WebSocket-Protocol must offer one of: ${names}.`);
   }
   if (header("sec-websocket-version") !== "13") {
@@ -210,7 +209,7 @@ function answer(request: Request, address: string, state: ServerState): Response
   if (!/^[A-Za-z0-9+/]{22}==$/.test(header("sec-websocket-key"))) {
     return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");
   }
-  if (state.isStopping || state.connections.length >= state.limits.connections) {
+  if (state.isStopping || state.connections.length >= options.limits.connections) {
     return refuse(503, "The server is full or about to stop.", { "retry-after": "10" });
   }
 
@@ -219,12 +218,12 @@ function answer(request: Request, address: string, state: ServerState): Response
 }
 
 /** Returns the name of the first offered subprotocol that the server speaks, compared exactly. */
-function selectSubprotocol(offers: string | null, state: ServerState): string | undefined {
-  if (offers === null) return state.defaultSubprotocol;
-  const selected = splitList(offers).find((name) => Object.hasOwn(state.subprotocols, name));
+function selectSubprotocol(offers: string | null, options: CompleteOptions): string | undefined {
+  if (offers === null) return options.defaultSubprotocol;
+  const selected = splitList(offers).find((name) => Object.hasOwn(options.subprotocols, name));
   // Return the key of the table: the equal part of the header would keep the whole header in
   // memory.
-  return Object.keys(state.subprotocols).find((name) => name === selected);
+  return Object.keys(options.subprotocols).find((name) => name === selected);
 }
 
 function hasToken(header: string, token: string): boolean {
@@ -340,7 +339,7 @@ export class Connection {
 
   /** The limits of the server. */
   get limits(): Readonly<Limits> {
-    return this.#state.limits;
+    return this.#state.options.limits;
   }
 
   /**
@@ -377,10 +376,10 @@ export class Connection {
     state.log?.(() => `connected: ${this.address}, ${this.subprotocolName}`);
     if (state.isStopping) return this.close(1001, STOP_REASON);
     // Many handshakes at once may have passed `answer` before the first of them opened.
-    const isOverLimit = state.connections.length > state.limits.connections;
+    const isOverLimit = state.connections.length > this.limits.connections;
     if (isOverLimit) return this.close(1013, "try again later");
     try {
-      const subprotocol = state.subprotocols[this.subprotocolName];
+      const subprotocol = state.options.subprotocols[this.subprotocolName];
       const handler = subprotocol(this, handshake);
       checkNotAsync(handler);
       this.#handler = handler ?? undefined;
@@ -518,14 +517,6 @@ function checkNotAsync(result: unknown): void {
 // Both ask `answer` about each request. They send a Response as it is. For a Connection they
 // upgrade the request, and tell the connection what happens to its socket.
 
-/** Where and how a runtime listens. */
-interface ListenOptions {
-  readonly port: number;
-  readonly hostname: string;
-  readonly reusePort: boolean;
-  readonly tls?: { readonly cert: string; readonly key: string };
-}
-
 /** A server as a runtime runs it. */
 interface RuntimeServer {
   readonly port: number;
@@ -534,7 +525,7 @@ interface RuntimeServer {
 
 interface Runtime {
   /** Starts a server. Throws if the port is in use. */
-  listen(options: ListenOptions, state: ServerState): RuntimeServer;
+  listen(state: ServerState): RuntimeServer;
   /** Whether a variable of the environment can be read without asking the user. */
   canReadEnvironment(variable: string): boolean;
 }
@@ -547,7 +538,7 @@ const denoRuntime: Runtime = {
     Deno.permissions.querySync({ name: "env", variable }).state === "granted",
 };
 
-function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer {
+function listenOnDeno(state: ServerState): RuntimeServer {
   let isStopped = false;
   let server: Deno.HttpServer<Deno.NetAddr>;
 
@@ -566,10 +557,10 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     return response;
   }
 
-  function startListening(wantedPort: number): Deno.HttpServer<Deno.NetAddr> {
-    const { hostname, reusePort, tls } = options;
+  function startListening(port: number): Deno.HttpServer<Deno.NetAddr> {
+    const { hostname, reusePort, cert, key } = state.options;
     const onListen = () => {}; // without it, Deno prints a line of its own
-    const denoOptions = { port: wantedPort, hostname, reusePort, ...tls, onListen };
+    const denoOptions = { port, hostname, reusePort, cert, key, onListen };
     const newServer = Deno.serve(denoOptions, handleRequest);
     newServer.finished.catch((error) => {
       printError(() => `stopped listening: ${error.message}; trying again (see ulimit -n)`);
@@ -596,7 +587,7 @@ function listenOnDeno(options: ListenOptions, state: ServerState): RuntimeServer
     return server.shutdown();
   }
 
-  server = startListening(options.port);
+  server = startListening(state.options.port);
   return { port: server.addr.port, stop }; // a free port if the option was 0
 }
 
@@ -787,7 +778,9 @@ const bunRuntime: Runtime = {
   canReadEnvironment: () => true,
 };
 
-function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer {
+function listenOnBun(state: ServerState): RuntimeServer {
+  const { port, hostname, reusePort, cert, key, limits } = state.options;
+
   function handleRequest(request: Request, server: BunServer): Response | undefined {
     const client = server.requestIP(request);
     const result = answer(request, hostPort(client?.address, client?.port), state);
@@ -803,8 +796,8 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
   }
 
   const websocket = {
-    maxPayloadLength: state.limits.messageBytes,
-    idleTimeout: state.limits.idleSeconds,
+    maxPayloadLength: limits.messageBytes,
+    idleTimeout: limits.idleSeconds,
     backpressureLimit: 0, // none: with a limit, Bun drops the messages over it without a word
     open: (webSocket: BunWebSocket) => webSocket.data.opened(webSocket),
     message: (webSocket: BunWebSocket, message: Message) => webSocket.data.received(message),
@@ -812,13 +805,13 @@ function listenOnBun(options: ListenOptions, state: ServerState): RuntimeServer 
     close: (webSocket: BunWebSocket, code: number, reason: string) =>
       webSocket.data.ended(code, reason),
   };
-  const { port, hostname, reusePort, tls } = options;
+  const hasTls = cert !== undefined;
   const server = Bun.serve({
     port,
     hostname,
     reusePort,
-    tls,
-    http2: tls !== undefined, // for the page; Deno speaks HTTP/2 over TLS by itself
+    tls: hasTls ? { cert, key } : undefined,
+    http2: hasTls, // for the page; Deno speaks HTTP/2 over TLS by itself
     development: false, // no page with the code if something throws
     fetch: handleRequest,
     websocket,
@@ -933,7 +926,7 @@ const runtime = typeof Bun === "undefined" ? denoRuntime : bunRuntime;
 // ---- 5. How the server starts and stops ---------------------------------------------------------
 // `serve` starts a server for a program, `main` for the command line.
 
-/** The options of {@linkcode serve}. The defaults are filled in there. */
+/** The options of {@linkcode serve}. To add one, describe it here, and add its flag to `flagTable`. */
 export interface Options {
   /** The port to listen on, 0 to 65535. 0 is any free one. Default: 9000. */
   port?: number;
@@ -960,6 +953,19 @@ export interface Options {
   limits?: Partial<Limits>;
 }
 
+/** The defaults of the options that have one. */
+const defaultOptions = {
+  port: 9000, // as in the tutorial
+  hostname: "0.0.0.0",
+  reusePort: false, // Bun takes undefined for true
+  quiet: false,
+  subprotocols,
+  limits,
+};
+
+/** Options with the defaults. */
+type CompleteOptions = Readonly<Options & typeof defaultOptions>;
+
 /** A running server. */
 export interface Server {
   /** The port on which it listens. */
@@ -968,29 +974,16 @@ export interface Server {
   stop(): Promise<void>;
 }
 
-const DEFAULT_PORT = 9000; // as in the tutorial
-const DEFAULT_HOSTNAME = "0.0.0.0";
-
 /** Starts a server. Throws an Error if it cannot listen, or if an option is wrong. */
 export function serve(options: Options = {}): Server {
   const state: ServerState = {
-    limits: checkLimits({ ...limits, ...options.limits }),
-    subprotocols: options.subprotocols ?? subprotocols,
-    defaultSubprotocol: options.defaultSubprotocol,
-    origins: options.origins?.map(parseOrigin),
+    options: completeOptions(options),
     log: options.quiet ? undefined : printLine,
     connections: [],
     allQueuedMemory: 0,
     isStopping: false,
   };
-  checkDefaultSubprotocol(state);
-  const listenOptions = {
-    port: checkPort(options.port ?? DEFAULT_PORT),
-    hostname: parseHostname(options.hostname ?? DEFAULT_HOSTNAME),
-    reusePort: options.reusePort ?? false,
-    tls: checkTls(options.cert, options.key),
-  };
-  const runtimeServer = tryToListen(listenOptions, state);
+  const runtimeServer = tryToListen(state);
   return { port: runtimeServer.port, stop: () => stopServer(runtimeServer, state) };
 }
 
@@ -1001,23 +994,37 @@ async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Pro
   state.isStopping = true;
   const connections = [...state.connections]; // a copy, since they may leave the array meanwhile
   for (const connection of connections) connection.close(1001, STOP_REASON);
-  const deadline = Date.now() + state.limits.stopSeconds * 1000;
+  const deadline = Date.now() + state.options.limits.stopSeconds * 1000;
   while (state.connections.length > 0 && Date.now() < deadline) await sleep(10);
   // Without the race, Deno would wait for ever for a client that does not finish its request.
   await Promise.race([runtimeServer.stop(), sleep(UNFINISHED_REQUEST_MILLISECONDS)]);
 }
 
-function tryToListen(options: ListenOptions, state: ServerState): RuntimeServer {
+function tryToListen(state: ServerState): RuntimeServer {
   try {
-    return runtime.listen(options, state);
+    return runtime.listen(state);
   } catch (error) {
+    const { port, hostname } = state.options;
     const { code, message } = error as Error & { code?: string };
-    if (code === "EADDRINUSE") {
-      throw new Error(`port ${options.port} is in use; try another --port`);
-    }
-    const where = hostPort(options.hostname, options.port);
+    if (code === "EADDRINUSE") throw new Error(`port ${port} is in use; try another --port`);
+    const where = hostPort(hostname, port);
     throw new Error(`cannot listen on ${where}; check --hostname and --port: ${message}`);
   }
+}
+
+/** Adds the defaults, and checks each option. Throws an Error that says which one is wrong. */
+function completeOptions(givenOptions: Options): CompleteOptions {
+  const given = Object.entries(givenOptions).filter(([, value]) => value !== undefined);
+  const options: CompleteOptions = { ...defaultOptions, ...Object.fromEntries(given) };
+  checkPort(options.port);
+  checkTls(options.cert, options.key);
+  checkDefaultSubprotocol(options);
+  return {
+    ...options,
+    hostname: parseHostname(options.hostname),
+    origins: options.origins?.map(parseOrigin),
+    limits: checkLimits({ ...limits, ...options.limits }),
+  };
 }
 
 function checkLimits(values: Limits): Limits {
@@ -1029,14 +1036,14 @@ function checkLimits(values: Limits): Limits {
   return values;
 }
 
-function checkDefaultSubprotocol({ defaultSubprotocol, subprotocols }: ServerState): void {
+function checkDefaultSubprotocol({ defaultSubprotocol, subprotocols }: CompleteOptions): void {
   if (defaultSubprotocol === undefined || Object.hasOwn(subprotocols, defaultSubprotocol)) return;
   const names = Object.keys(subprotocols).join(", ");
   throw new Error(`the default subprotocol must be one of: ${names}; not '${defaultSubprotocol}'`);
 }
 
-function checkPort(port: number): number {
-  if (Number.isInteger(port) && port >= 0 && port <= 65535) return port;
+function checkPort(port: number): void {
+  if (Number.isInteger(port) && port >= 0 && port <= 65535) return;
   throw new Error(`a port must be a whole number from 0 to 65535, not ${port}`);
 }
 
@@ -1068,8 +1075,8 @@ function parseOrigin(text: string): string {
   );
 }
 
-function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
-  if (cert === undefined && key === undefined) return undefined;
+function checkTls(cert?: string, key?: string): void {
+  if (cert === undefined && key === undefined) return;
   if (cert === undefined || key === undefined) {
     throw new Error("--cert and --key must be given together");
   }
@@ -1080,7 +1087,6 @@ function checkTls(cert?: string, key?: string): ListenOptions["tls"] {
     throw new Error("--cert and --key must be a certificate and a private key in PEM");
   }
   if (!isKeyOfCertificate) throw new Error("the --key does not belong to the --cert");
-  return { cert, key };
 }
 
 // The log shows at most 100 lines in a tenth of a second, which is more than anybody can read, and
@@ -1161,70 +1167,114 @@ function hostPort(host = "unknown", port = 0): string {
   return [name, port].join(":");
 }
 
-/** The options of the command line, with their help. */
-const flagTable = {
-  port: { type: "string", help: "N: listen on port N; 0: any free one (default: PORT, else 9000)" },
-  hostname: { type: "string", help: "NAME: listen on NAME (default: 0.0.0.0; :: adds IPv6)" },
-  default: { type: "string", help: "NAME: the subprotocol for clients that offer none" },
-  origin: { type: "string", multiple: true, help: "URL: only its pages may connect (repeatable)" },
-  cert: { type: "string", help: "FILE: a certificate in PEM, for TLS (Deno: with --allow-read)" },
-  key: { type: "string", help: "FILE: the private key of the certificate in PEM" },
-  "reuse-port": { type: "boolean", help: "share the port with other processes (Linux)" },
-  quiet: { type: "boolean", help: "log only the listening address and errors" },
-  help: { type: "boolean", short: "h", help: "show this" },
-} as const;
+/** A flag of the command line. */
+interface Flag {
+  /** What its value is, in capital letters; undefined if the flag is given without a value. */
+  readonly value?: string;
+  readonly help: string;
+  /** Returns the option that the flag sets. A flag may be given several times. */
+  readonly option: (value: string, earlier: Options) => Options;
+}
+
+const flagTable: Record<string, Flag> = {
+  port: {
+    value: "N",
+    help: "listen on port N; 0: any free one (default: PORT, else 9000)",
+    option: (value) => ({ port: parsePort(value) }),
+  },
+  hostname: {
+    value: "NAME",
+    help: "listen on NAME (default: 0.0.0.0; :: adds IPv6)",
+    option: (hostname) => ({ hostname }),
+  },
+  default: {
+    value: "NAME",
+    help: "the subprotocol for clients that offer none",
+    option: (defaultSubprotocol) => ({ defaultSubprotocol }),
+  },
+  origin: {
+    value: "URL",
+    help: "only its pages may connect (repeatable)",
+    option: (origin, { origins = [] }) => ({ origins: [...origins, origin] }),
+  },
+  cert: {
+    value: "FILE",
+    help: "a certificate in PEM, for TLS (Deno: with --allow-read)",
+    option: (path) => ({ cert: readFileSync(path, "utf8") }),
+  },
+  key: {
+    value: "FILE",
+    help: "the private key of the certificate in PEM",
+    option: (path) => ({ key: readFileSync(path, "utf8") }),
+  },
+  "reuse-port": {
+    help: "share the port with other processes (Linux)",
+    option: () => ({ reusePort: true }),
+  },
+  quiet: {
+    help: "log only the listening address and errors",
+    option: () => ({ quiet: true }),
+  },
+};
 
 /** Runs a server until a signal stops it. Throws an Error if the command line is wrong. */
 function main(args: string[]): void {
   if (args.includes("--help") || args.includes("-h")) return console.log(helpText());
-  const flags = parseFlags(args);
-  const port = parsePort(flags.port ?? environmentPort() ?? String(DEFAULT_PORT));
-  const server = serve({
-    port,
-    hostname: flags.hostname,
-    reusePort: flags["reuse-port"],
-    cert: readFile(flags.cert),
-    key: readFile(flags.key),
-    origins: flags.origin,
-    defaultSubprotocol: flags.default,
-    quiet: flags.quiet,
-  });
+  const options = parseFlags(args);
+  options.port ??= environmentPort();
+  const server = serve(options);
   stopOnSignal(server);
   // An exception in a timer or a promise of a subprotocol must not end the server.
   process.on("uncaughtException", (error) => report("uncaught exception", error));
   process.on("unhandledRejection", (error) => report("unhandled rejection", error));
-  const scheme = flags.cert ? "https" : "http";
-  printLine(() =>
-    `Listening on ${scheme}://${hostPort(shownHostname(flags.hostname), server.port)}/`
-  );
+  const scheme = options.cert ? "https" : "http";
+  const host = hostPort(reachableHostname(options.hostname), server.port);
+  printLine(() => `Listening on ${scheme}://${host}/`);
 }
 
 function helpText(): string {
   const names = Object.keys(subprotocols).join(", ");
-  const flags = Object.entries(flagTable);
+  const lines = Object.entries(flagTable).map(([name, { value, help }]) => {
+    return helpLine(name, value ? `${value}: ${help}` : help);
+  });
   return [
     "A WebSocket server; dumb-increment-protocol answers each message with the message reversed.",
     `Subprotocols: ${names}.`,
     "",
-    ...flags.map(([name, { help }]) => `  --${name.padEnd(12)}${help}`),
+    ...lines,
+    helpLine("help", "show this"),
   ].join("\n");
 }
 
-function parseFlags(args: string[]) {
-  const { values } = parseArgsClearly(args);
-  for (const [name, value] of Object.entries(values)) {
-    if (value === "") throw new Error(`--${name} needs a value`);
-  }
-  return values;
+function helpLine(name: string, help: string): string {
+  return `  --${name.padEnd(12)}${help}`;
 }
 
-/**
- * parseArgs calls a value that begins with a dash, such as -1, ambiguous. This says what is wrong.
- */
-function parseArgsClearly(args: string[]) {
+function parseFlags(args: string[]): Options {
+  let options: Options = {};
+  for (const { name, value = "" } of parseArgsClearly(args)) {
+    const flag = flagTable[name];
+    if (flag.value && value === "") throw new Error(`--${name} needs a value`);
+    options = { ...options, ...flag.option(value, options) };
+  }
+  return options;
+}
+
+/** Returns the flags in their order. */
+function parseArgsClearly(args: string[]): { name: string; value?: string }[] {
+  const parserOptions = Object.entries(flagTable).map(([name, flag]) => {
+    const type = flag.value ? "string" : "boolean";
+    return [name, { type }] as const;
+  });
   try {
-    return parseArgs({ args, options: flagTable });
+    const { tokens } = parseArgs({
+      args,
+      options: Object.fromEntries(parserOptions),
+      tokens: true,
+    });
+    return tokens.filter((token) => token.kind === "option");
   } catch (error) {
+    // parseArgs calls a value that begins with a dash, such as -1, ambiguous. Say what is wrong.
     const ambiguous = /^Option '(--[\w-]+).* argument is ambiguous/.exec((error as Error).message);
     if (!ambiguous) throw error;
     throw new Error(`${ambiguous[1]} needs a value, which may not begin with a dash`);
@@ -1237,17 +1287,17 @@ function parsePort(text: string): number {
 }
 
 /** Returns the port that the environment asks for; undefined if PORT is unset or empty. */
-function environmentPort(): string | undefined {
-  if (runtime.canReadEnvironment("PORT")) return process.env.PORT || undefined;
-  printError(() => "PORT is ignored, if set: Deno may not read it without --allow-env=PORT");
-}
-
-function readFile(path: string | undefined): string | undefined {
-  return path === undefined ? undefined : readFileSync(path, "utf8");
+function environmentPort(): number | undefined {
+  if (!runtime.canReadEnvironment("PORT")) {
+    printError(() => "PORT is ignored, if set: Deno may not read it without --allow-env=PORT");
+    return undefined;
+  }
+  const text = process.env.PORT;
+  return text ? parsePort(text) : undefined;
 }
 
 /** A server that listens everywhere can be reached at localhost. */
-function shownHostname(hostname = DEFAULT_HOSTNAME): string {
+function reachableHostname(hostname = defaultOptions.hostname): string {
   const name = withoutBrackets(hostname);
   return name === "0.0.0.0" || name === "::" ? "localhost" : name;
 }

@@ -1496,7 +1496,6 @@ describe("the command line", () => {
   const wrongOrigins = [
     "LOCALHOST",
     "*",
-    "",
     "example.org",
     "https://a.example/a",
     "ws://a.example",
@@ -1522,6 +1521,7 @@ describe("the command line", () => {
     [["--cert", absent, "--key", absent], /absent\.pem/],
     [["--cert", "", "--key", ""], /--cert/],
     [["--cert", wrongFile, "--key", wrongFile], /--cert and --key must be .* in PEM/],
+    [["--origin", ""], /--origin needs a value/],
     ...wrongOrigins.map((origin): [string[], RegExp] => [
       ["--origin", origin],
       /an origin must be like/,
@@ -1651,8 +1651,9 @@ describe("serve()", () => {
   });
 
   test("an undefined option is the same as none", async () => {
-    const port = listen({ hostname: undefined });
+    const port = listen({ hostname: undefined, reusePort: undefined });
     await assertServes(port);
+    assert.throws(() => serve({ port, reusePort: undefined }), /in use/);
     const connecting = once(connectTcp(port, "::1"), "connect");
     await assert.rejects(connecting, "it listens on more than 0.0.0.0");
   });
@@ -1662,6 +1663,7 @@ describe("serve()", () => {
     [{ port: NaN }, /a port must be a whole number from 0 to 65535, not NaN/],
     [{ defaultSubprotocol: "nope" }, /must be one of: dumb-increment-protocol, .*'nope'/],
     [{ origins: ["*"] }, /an origin must be like .*'\*'/],
+    [{ origins: [""] }, /an origin must be like .*''/],
     [{ hostname: "" }, /a hostname must not be empty/],
     [{ cert: "x" }, /must be given together/],
   ];
