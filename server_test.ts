@@ -1651,7 +1651,8 @@ describe("serve()", () => {
   });
 
   test("an undefined option is the same as none", async () => {
-    const port = listen({ hostname: undefined, reusePort: undefined });
+    const limits = { messageBytes: undefined };
+    const port = listen({ hostname: undefined, reusePort: undefined, limits });
     await assertServes(port);
     assert.throws(() => serve({ port, reusePort: undefined }), /in use/);
     const connecting = once(connectTcp(port, "::1"), "connect");
@@ -2027,6 +2028,37 @@ describe("slow readers", () => {
     for (const { socket } of clients) socket.pause();
     await eventually(() => assert.ok(closed >= 3, `${closed}`), "three are closed");
     await assertServes(port);
+  });
+
+  test("what all clients have read does not count against the limit for all", async () => {
+    const sixMegabytes: Subprotocol = (connection) => () => {
+      for (let i = 0; i < 6; i++) connection.send(new Uint8Array(1_000_000));
+    };
+    const port = listenWith(sixMegabytes, { limits: { allUnreadBytes: 12 * 1024 * 1024 } });
+    const client = await connect(port, "added");
+    for (let i = 0; i < 25; i++) {
+      const received = collect(client, 6);
+      client.send("go");
+      await received;
+    }
+  });
+
+  test("a closed client that reads slowly, and sends, gets all before the close frame", async () => {
+    const count = 20;
+    const port = listenWith((connection) => () => {
+      for (let i = 0; i < count; i++) connection.send(new Uint8Array(1_000_000));
+      connection.close(4001, "bye");
+    });
+    const client = await RawClient.open(port, "added");
+    client.send("go");
+    for (let i = 0; i < count; i++) {
+      assert.equal((await client.nextFrame())?.data.length, 1_000_000, `message ${i}`);
+      client.socket.pause();
+      if (i < count / 2) client.send("still here");
+      await sleep(100);
+      client.socket.resume();
+    }
+    assert.equal(await client.closeReason(), "4001 bye");
   });
 
   test("when others leave too much unread, a client that reads is not closed", async () => {
