@@ -218,8 +218,9 @@ function answer(request: Request, address: string, state: ServerState): Response
     return refuse(400, `Sec-WebSocket-Protocol must offer one of: ${names}.`);
   }
   if (header("sec-websocket-version") !== "13") {
-    const ourVersion = { "sec-websocket-version": "13" }; // section 4.2.2 asks for it
-    return refuse(426, "Sec-WebSocket-Version must be 13.", ourVersion);
+    // Asked for by RFC 6455 section 4.2.2, and by RFC 9110 section 15.5.22.
+    const offer = { "sec-websocket-version": "13", upgrade: "websocket", connection: "Upgrade" };
+    return refuse(426, "Sec-WebSocket-Version must be 13.", offer);
   }
   if (!/^[A-Za-z0-9+/]{22}==$/.test(header("sec-websocket-key"))) {
     return refuse(400, "Sec-WebSocket-Key must be 16 bytes in base64.");

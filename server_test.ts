@@ -638,6 +638,7 @@ describe("the handshake", () => {
       const { status, header } = await request(listen(), text);
       assert.equal(status, 426);
       assert.deepEqual(header("sec-websocket-version"), ["13"]);
+      assert.deepEqual(header("upgrade"), ["websocket"]);
     });
   }
 
