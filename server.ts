@@ -1077,6 +1077,7 @@ function withoutUndefined<Values extends object>(values: Values): Values {
 
 function checkLimits(values: Limits): void {
   for (const [name, value] of Object.entries(values)) {
+    if (!Object.hasOwn(limits, name)) throw new Error(`there is no limit named ${name}`);
     const [least, most] = limitRanges[name as keyof Limits] ?? [1, GREATEST_LIMIT];
     if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Error(`limits.${name} must be a whole number from ${least} to ${most}, not ${value}`);

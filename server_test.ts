@@ -1644,6 +1644,11 @@ describe("the command line", () => {
 });
 
 describe("serve()", () => {
+  test("serve() throws an Error that names a limit that does not exist", () => {
+    const misspelled = { mesageBytes: 5 } as Options["limits"];
+    assert.throws(() => serve({ port: 0, limits: misspelled }), /no limit named mesageBytes/);
+  });
+
   test("importing server.ts starts nothing", async () => {
     const code = `await import(${JSON.stringify(new URL("server.ts", import.meta.url))})`;
     const program = new Program(process.execPath, [onDeno ? "eval" : "-e", code]);
