@@ -888,6 +888,8 @@ class BunSocket implements Socket {
    */
   ended(code: number, reason: string): void {
     clearTimeout(this.#pauseTimer);
+    // A client that sent messages and then closed gets no replies, but its messages are received.
+    for (const message of this.#heldMessages ?? []) this.#connection.received(message);
     if (code === 1006) this.#unreadAfterClose = 0; // the TCP connection is gone, the unread bytes with it
     this.#connection.ended(reason === "Received too big message" ? 1009 : code);
   }

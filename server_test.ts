@@ -2067,6 +2067,20 @@ describe("slow readers", () => {
     assert.equal(await client.closeReason(), "4001 bye");
   });
 
+  test("what a client sends before its close frame is received, however much is unread", async () => {
+    let count = 0;
+    const port = listenWith((connection) => (message) => {
+      if (message === "send") connection.send(new Uint8Array(1_000_000));
+      if (message === "count") count++;
+    });
+    const client = await RawClient.open(port, "added");
+    client.socket.pause();
+    const texts = [...Array(10).fill("send"), ...Array(5).fill("count")];
+    const frames = texts.map((text) => encodeFrame(TEXT, Buffer.from(text)));
+    client.socket.write(Buffer.concat([...frames, closeFrame(1000)]));
+    await eventually(() => assert.equal(count, 5), "five messages are counted");
+  });
+
   test("when others leave too much unread, a client that reads is not closed", async () => {
     const sixteenMebibytes: Subprotocol = (connection) => {
       connection.send(new Uint8Array(16 * 1024 * 1024));
