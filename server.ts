@@ -113,7 +113,9 @@ export const limits = {
    * unread messages.) The runtimes send pings, and a pong is a sign of life. But a client cannot
    * send a pong in the middle of a frame, and Deno counts a message only when it is complete. So
    * this must be longer than it takes to receive the longest message: 1 MiB takes 84 s at 100
-   * kbit/s. With a larger `messageBytes`, make this larger.
+   * kbit/s. Deno sends its ping after half of this time, and a frame that begins just before the
+   * ping has only the other half. Twice 84 s would be safe, but then a dead client would be noticed
+   * only after almost three minutes.
    */
   idleSeconds: 108,
   /** The most seconds that a stopping server waits until its connections have ended. */
