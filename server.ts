@@ -52,8 +52,8 @@ export type MessageHandler = (message: Message) => Message | void;
 export type Subprotocol = (connection: Connection, handshake: Handshake) => MessageHandler | void;
 
 /**
- * The subprotocols by name. To add one, add an entry. `() => handler` has the same handler for
- * all connections; `count` makes one for each connection, which remembers something.
+ * The subprotocols by name. To add one, add an entry. An entry such as `() => reverse` uses one
+ * handler for all connections; `count` makes one for each connection, which remembers something.
  */
 export const subprotocols: Record<string, Subprotocol> = {
   "dumb-increment-protocol": () => reverse, // the odd name is from a tutorial, see README.md
@@ -63,7 +63,7 @@ export const subprotocols: Record<string, Subprotocol> = {
   "on-demand": onDemand, // part 6; for tests of clients and proxies
 };
 
-/** Sends "1", "2", "3", one a second. The message "reset" starts again. */
+/** Sends "1", "2", "3", one a second. The message "reset" makes it start again. */
 function count(connection: Connection): MessageHandler {
   let seconds = 0; // a variable in here belongs to one connection
   const timer = setInterval(() => {
@@ -93,29 +93,30 @@ export const limits = {
    */
   messageBytes: 1024 * 1024,
   /**
-   * The most memory for the unread messages of one client, in bytes. A client over this limit is
-   * closed with 1008 instead of being sent its next message.
+   * The memory of one client's unread messages, in bytes. A client over this limit is closed with
+   * 1008 instead of being sent its next message.
    */
   unreadBytes: 20 * 1024 * 1024,
   /**
-   * The most memory for the unread messages of all clients. While the sum is larger, a client with
-   * more than 64 KiB unread (`SMALL_UNREAD_BYTES`) is closed with 1008 instead of being sent its
-   * next message. Clients with less are never closed for it, so this is no hard limit.
+   * The memory of all clients' unread messages, in bytes. While it is over this limit, a client
+   * with more than 64 KiB unread (`SMALL_UNREAD_BYTES`) is closed with 1008 instead of being sent
+   * its next message. Clients with less are never closed for it, so this is no hard limit.
    */
   allUnreadBytes: 96 * 1024 * 1024,
   /**
-   * Connections at the same time. Further handshakes are refused with 503. A connection that the
-   * server has closed may still count, at worst until its client leaves.
+   * Connections at the same time. Further handshakes are refused with 503. A closed connection
+   * still counts until the runtime reports its end, and `idleSeconds` longer if much was left
+   * unread.
    */
   connections: 10_000,
   /**
    * Seconds until a connection without a sign of life is ended. (Deno does not end one that has
-   * unread messages.) The runtimes send pings, and a pong is a sign of life. But a client cannot
-   * send a pong in the middle of a frame, and Deno counts a message only when it is complete. So
-   * this must be longer than it takes to receive the longest message: 1 MiB takes 84 s at 100
-   * kbit/s. Deno sends its ping after half of this time, and a frame that begins just before the
-   * ping has only the other half. Twice 84 s would be safe, but then a dead client would be noticed
-   * only after almost three minutes.
+   * unread messages.) The runtimes send pings, and a pong is a sign of life; but a client cannot
+   * send one in the middle of a frame. Bun counts every byte that arrives. Deno counts a message
+   * only when it is complete, and sends its ping after half of this time. So a frame should take
+   * less than half of this. A frame of 1 MiB takes 84 s at 100 kbit/s, so 168 s would be safe, but
+   * then a dead client would be noticed only after almost three minutes. With 108 s, a client needs
+   * 155 kbit/s for it on Deno.
    */
   idleSeconds: 108,
   /** The most seconds that a stopping server waits until its connections have ended. */
@@ -186,7 +187,7 @@ function answer(request: Request, address: string, state: ServerState): Response
 
   // The runtime makes the URL with the Host header, so a Host such as "a/b" would change its path.
   const url = URL.parse(request.url);
-  const isHostValid = /^[\w.:[\]-]*$/.test(header("host")); // "" if missing
+  const isHostValid = /^[\w.:[\]-]*$/.test(header("host")); // also true without a Host header
   if (!url || !isHostValid) return refuse(400, "The URL or the Host header is not valid.");
 
   // Either header marks a handshake. If a proxy has removed the other, a refusal below says so.
@@ -301,16 +302,17 @@ function contentHash(element: "style" | "script"): string {
 // And it does not help in a chat, where the messages come from other clients. So on both runtimes
 // `send` closes a client that has left too much unread.
 //
-// The life of a connection: it is open until the client or the server closes it. From then on,
-// nothing is received or sent. When the runtime reports its end, it leaves `state.connections`; but
-// if much is unread then, it stays there for another `idleSeconds`, since it still takes memory.
+// The life of a connection: it is open until the client or the server closes it. From then on, its
+// subprotocol receives nothing and can send nothing. What is unread is still delivered, if the
+// client reads. When the runtime reports the end, the connection leaves `state.connections`; but if
+// much is unread then, it stays there for another `idleSeconds`, since it still takes memory.
 
 /** What a connection needs of a runtime's socket. */
 interface Socket {
-  /** Sends a message, or lets it wait. Does nothing if the client is leaving. */
-  send(message: Message): void;
+  /** Sends a message, or lets it wait. Returns false if the client is leaving. */
+  send(message: Message): boolean;
   /**
-   * The memory of the unread messages, in bytes, to which the limits apply. A runtime may keep some
+   * The memory of the unread messages, in bytes. The limits apply to it. A runtime may keep some
    * messages after the connection has ended; these count, too.
    */
   unreadMemory(): number;
@@ -319,9 +321,9 @@ interface Socket {
 }
 
 /**
- * A client with at most this much unread is left alone, unless `limits.unreadBytes` is small. With
- * more, Bun stops reading from it, it may be closed because of `limits.allUnreadBytes`, and it
- * still counts after its end.
+ * A client may always have this much unread, unless `limits.unreadBytes` is small. If it has more,
+ * Bun stops reading from it, `limits.allUnreadBytes` may close it, and after its end it still
+ * counts for a while.
  */
 const SMALL_UNREAD_BYTES = 64 * 1024;
 
@@ -331,8 +333,8 @@ const STOP_REASON = "the server is stopping";
 /** One connection with a client, the same on both runtimes. */
 export class Connection {
   /**
-   * Is called once, when the client has left or the server has closed the connection. A client that
-   * the server has closed may still be there.
+   * Is called once, when the client has left or the server has closed the connection. Set it
+   * before. After a close by the server, the client may still be connected.
    */
   onclose?: () => void;
 
@@ -354,13 +356,13 @@ export class Connection {
     this.#state = state;
   }
 
-  // The runtimes in part 4 call the next three methods.
+  // The sockets in part 4 call the next three methods.
 
   /** The handshake is done. */
   opened(socket: Socket): void {
     const state = this.#state;
     const handshake = this.#handshake!;
-    this.#handshake = undefined; // its headers need not stay in memory
+    this.#handshake = undefined; // frees the headers, unless the subprotocol keeps them
     this.#socket = socket;
     this.#isOpen = true;
     state.connections.push(this);
@@ -397,16 +399,18 @@ export class Connection {
   }
 
   /**
-   * The runtime reports the end of a connection that has opened. After a close frame, the TCP
-   * connection may still be there.
+   * The runtime reports the end of a connection that has opened, once. When the server closes, Bun
+   * reports the end at once. In all other cases, the close frames have been exchanged by then, or
+   * TCP has ended.
    */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
     if (this.unreadMemory <= SMALL_UNREAD_BYTES) return this.#forget();
-    // The runtime may keep the unread messages until the TCP connection ends, and does not report
-    // when that is. When this timer fires, Bun has ended it. Deno may not have: then the memory is
-    // still in use, but no longer counted. (The timer is one of Node.js, since only those have
-    // unref() on both runtimes.)
+    // The unread messages may stay in memory for as long as the client stays, and nothing reports
+    // when it leaves. So they count for `idleSeconds` more. By then Bun has ended the TCP
+    // connection. Deno may not have (see `DenoSocket.ended`): then the memory is in use, but no
+    // longer counted. (The timer is one of Node.js, since only those have unref() on both
+    // runtimes.)
     timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
   }
 
@@ -443,7 +447,7 @@ export class Connection {
     this.#socket!.close(code, reason);
   }
 
-  /** Returns whether the message was passed to the socket. */
+  /** Returns whether the message was sent. */
   #trySend(message: Message): boolean {
     if (typeof message !== "string" && !(message instanceof Uint8Array)) {
       throw new TypeError("a message must be a string or a Uint8Array");
@@ -453,8 +457,7 @@ export class Connection {
       this.close(1008, UNREAD_REASON);
       return false;
     }
-    this.#socket!.send(message);
-    return true;
+    return this.#socket!.send(message);
   }
 
   #hasTooMuchUnread(): boolean {
@@ -466,8 +469,7 @@ export class Connection {
 
   #forget(): void {
     const { connections } = this.#state;
-    const index = connections.indexOf(this);
-    if (index >= 0) connections.splice(index, 1);
+    connections.splice(connections.indexOf(this), 1);
   }
 
   /** An exception in a subprotocol ends its connection and nothing else. */
@@ -477,7 +479,7 @@ export class Connection {
     this.close(1011, "internal error");
   }
 
-  /** From now on nothing is received or sent. The TCP connection may stay for a while. */
+  /** From now on the subprotocol receives nothing and can send nothing. */
   #markClosed(code: number): void {
     this.#isOpen = false;
     this.#logAfterwards(() => `closed: ${this.address}, code ${code}`);
@@ -539,11 +541,9 @@ function checkNotAsync(result: unknown): void {
 
 // ---- 4. The two runtimes, side by side ----------------------------------------------------------
 // Both ask `answer` about each request. They send a Response as it is. For a Connection they
-// upgrade the request, and tell the connection what happens to its socket. First come the two
-// servers, then the two sockets, `DenoSocket` and `BunSocket`. The sockets hold what differs when a
-// client does not read.
-
-type Timer = ReturnType<typeof setTimeout>;
+// upgrade the request, and tell its socket, a `DenoSocket` or a `BunSocket`, what happens. The
+// socket tells the connection. First come the two servers, then the two sockets, which hold what
+// differs when a client does not read.
 
 /** What `serve` needs of a runtime's server. */
 interface RuntimeServer {
@@ -554,7 +554,7 @@ interface RuntimeServer {
 interface Runtime {
   /** Starts a server. Throws if the port is in use. */
   listen(state: ServerState): RuntimeServer;
-  /** Whether a variable of the environment can be read without asking the user. */
+  /** Whether a variable such as PORT (part 5) can be read without asking the user. */
   canReadEnvironment(variable: string): boolean;
 }
 
@@ -565,6 +565,9 @@ const denoRuntime: Runtime = {
   canReadEnvironment: (variable) =>
     Deno.permissions.querySync({ name: "env", variable }).state === "granted",
 };
+
+/** How long Deno waits before it tries to listen again. */
+const LISTEN_AGAIN_MILLISECONDS = 50;
 
 function listenOnDeno(state: ServerState): RuntimeServer {
   let isStopped = false;
@@ -602,7 +605,7 @@ function listenOnDeno(state: ServerState): RuntimeServer {
   /** Tries until it listens again, or until the server is stopped. */
   async function listenAgain(): Promise<void> {
     while (true) {
-      await sleep(50);
+      await sleep(LISTEN_AGAIN_MILLISECONDS);
       if (isStopped) return;
       try {
         server = startListening(server.addr.port);
@@ -621,11 +624,10 @@ function listenOnDeno(state: ServerState): RuntimeServer {
 }
 
 /**
- * Upgrades a request and names the subprotocol in the response. Deno's option `protocol` must be
- * one of the client's offers, and Deno splits these only at ", ", as browsers write them. If a
- * client writes them in another way, the header is set here. Deno 2.9 allows that; Deno 2.5, the
- * version that Deno Deploy documents, does not, so such a client gets no subprotocol there. When
- * Deno Deploy has 2.9, leave out `protocol` and always set the header.
+ * Upgrades a request and names the subprotocol in the response. Deno's option `protocol` works only
+ * if the client has separated its offers by ", ", as browsers do. For other clients, the header is
+ * set here. Deno 2.5, the version that Deno Deploy documents, does not allow that, so these clients
+ * get no subprotocol there. When Deno Deploy has 2.9, always set the header instead.
  */
 function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocketUpgrade {
   const { subprotocolName } = connection;
@@ -717,11 +719,11 @@ function listenOnBun(state: ServerState): RuntimeServer {
 /** Roughly how many bytes Deno needs for each unread message, besides those of the message. */
 const DENO_MESSAGE_OVERHEAD_BYTES = 1024;
 
-/** A close frame that is about to be sent. */
+/** A close frame that waits until the client has read everything (see `DenoSocket.close`). */
 interface Closing {
   readonly code: number;
   readonly reason: string;
-  /** When the frame is sent in any case, by performance.now(). */
+  /** The latest time for the frame, by performance.now(). It moves while the client reads. */
   deadline: number;
   /** Whether a message of the client has come since the last check. */
   hasClientSent: boolean;
@@ -737,6 +739,7 @@ const CLOSE_PATIENCE_MILLISECONDS = 500;
  * Deno reads all that a client sends, and keeps all that the client does not read. Deno waits for a
  * pong only when its ping has been sent, and the ping waits behind the unread messages. So the idle
  * time never ends a client that reads nothing. Nor does it end one that ignores the close frame.
+ * `close` delays the close frame; the comment there says why.
  */
 class DenoSocket implements Socket {
   readonly #webSocket: WebSocket;
@@ -760,7 +763,7 @@ class DenoSocket implements Socket {
    * message of any length. So the length is checked here, when the message is already in memory.
    */
   received(data: string | ArrayBuffer): void { // Deno never gives a Blob here
-    if (this.#closing) return this.#receivedLate(this.#closing);
+    if (this.#closing) return this.#receivedWhileClosing(this.#closing);
     if (Buffer.byteLength(data) > this.#connection.limits.messageBytes) {
       return this.#connection.close(1009, "message too big");
     }
@@ -768,17 +771,19 @@ class DenoSocket implements Socket {
   }
 
   ended(code: number): void {
-    // Deno frees the unread messages at the end, unless our close frame waits behind them.
+    // At the end Deno frees the unread messages, unless the server has sent a close frame after
+    // them.
     if (!this.#wasClosedWithUnread) this.#forgetAllMessages();
     this.#connection.ended(code || 1006); // 0 is an end without a close frame
   }
 
-  send(message: Message): void {
-    if (this.#webSocket.readyState !== WebSocket.OPEN) return; // the client is leaving
+  send(message: Message): boolean {
+    if (this.#webSocket.readyState !== WebSocket.OPEN) return false;
     const length = Buffer.byteLength(message);
     this.#unreadLengths.push(length);
     this.#unreadSum += length;
     this.#webSocket.send(message);
+    return true;
   }
 
   unreadMemory(): number {
@@ -791,12 +796,12 @@ class DenoSocket implements Socket {
    * Deno reports how many bytes are unread, but not in how many messages. Messages are sent in
    * order, so the bytes that have been read are those of the oldest messages. An empty message adds
    * no bytes, so nobody can tell when it was read: it counts until a later message that is not
-   * empty has been read. So, with the default limits, 20,000 empty replies in a row close even a
-   * client that reads.
+   * empty has been read. So, with the default limits, about 20,000 empty replies in a row close
+   * even a client that reads.
    */
   #forgetReadMessages(): void {
     let readBytes = this.#unreadSum - this.#webSocket.bufferedAmount;
-    // At 0, the loop ends, since the oldest message may be empty and still unread.
+    // At 0 the loop ends: an empty message is forgotten only if bytes after it have been read.
     while (readBytes > 0 && readBytes >= this.#unreadLengths[0]) {
       const length = this.#unreadLengths.shift()!;
       readBytes -= length;
@@ -810,9 +815,10 @@ class DenoSocket implements Socket {
   }
 
   /**
-   * Once Deno has been told to close, it cuts the connection at the next message that arrives, and
-   * the client may never get the close frame. So the frame is sent when the client has read
-   * everything and is silent. It is also sent at the deadline, which moves while the client reads.
+   * Once Deno has been told to close, it cuts the connection at the next message or pong that
+   * arrives, and the client may never get the close frame. So the frame is sent when the client has
+   * read everything and is silent. It is also sent at the deadline, which moves while the client
+   * reads.
    */
   close(code: number, reason: string): void {
     const deadline = performance.now() + CLOSE_PATIENCE_MILLISECONDS;
@@ -825,7 +831,7 @@ class DenoSocket implements Socket {
     const lastDeadline = performance.now() + this.#connection.limits.idleSeconds * 1000;
     while (performance.now() < closing.deadline) {
       const unreadBefore = this.#webSocket.bufferedAmount;
-      closing.hasClientSent = false; // #receivedLate may set it during the sleep
+      closing.hasClientSent = false; // #receivedWhileClosing may set it during the sleep
       await sleep(CLOSE_CHECK_MILLISECONDS);
       const unreadNow = this.#webSocket.bufferedAmount;
       if (unreadNow === 0 && !closing.hasClientSent) break;
@@ -837,7 +843,7 @@ class DenoSocket implements Socket {
   }
 
   /** A flood may leave Deno no time for timers, so the deadline is checked here, too. */
-  #receivedLate(closing: Closing): void {
+  #receivedWhileClosing(closing: Closing): void {
     closing.hasClientSent = true;
     if (performance.now() > closing.deadline) this.#sendCloseFrame(closing);
   }
@@ -851,6 +857,8 @@ class DenoSocket implements Socket {
 }
 
 // The socket on Bun.
+
+type Timer = ReturnType<typeof setTimeout>;
 
 /**
  * Bun can stop reading from a client until the client has read its replies. So a client that does
@@ -874,8 +882,9 @@ class BunSocket implements Socket {
   }
 
   /**
-   * Bun reads up to 512 KiB at once. If a message in them begins a pause, the messages after it
-   * still come. They are held until the pause is over. The limits do not count their memory.
+   * Bun reads up to 512 KiB at once. If the reply to one message begins a pause, the messages that
+   * Bun has read with it still come. They are held until the pause is over. The limits do not count
+   * their memory.
    */
   received(message: Message): void {
     const isPaused = this.#pauseTimer !== undefined;
@@ -885,20 +894,26 @@ class BunSocket implements Socket {
   }
 
   /**
-   * When a message is too big, Bun sends 1009 and ends the TCP connection, but reports 1006. Only
-   * its reason tells this from other ends.
+   * When a message is too big, Bun 1.4.5 sends 1009 and ends the TCP connection, but reports 1006
+   * with a reason of its own.
    */
   ended(code: number, reason: string): void {
-    clearTimeout(this.#pauseTimer);
-    // A client that sent messages and then closed gets no replies, but its messages are received.
+    // If the client has closed, it gets no replies, but its messages are received. If the server
+    // has closed, `received` ignores them.
     for (const message of this.#heldMessages ?? []) this.#connection.received(message);
-    if (code === 1006) this.#unreadAfterClose = 0; // the TCP connection is gone, the unread bytes with it
-    this.#connection.ended(reason === "Received too big message" ? 1009 : code);
+    this.#heldMessages = undefined;
+    clearTimeout(this.#pauseTimer);
+    const isTcpGone = code === 1006;
+    if (isTcpGone) this.#unreadAfterClose = 0;
+    const isTooBig = reason === "Received too big message";
+    this.#connection.ended(isTooBig ? 1009 : code);
   }
 
-  send(message: Message): void {
+  send(message: Message): boolean {
+    if (this.#webSocket!.readyState !== WebSocket.OPEN) return false;
     this.#webSocket!.send(message);
     if (this.#mustPause()) this.#pause();
+    return true;
   }
 
   /** On Bun, only the bytes of an unread message take memory that is worth counting. */
@@ -914,17 +929,17 @@ class BunSocket implements Socket {
 
   /**
    * Stops reading from the client. A timer ends the connection if the client reads nothing, since
-   * Bun's idle timeout does not run during a pause.
+   * Bun's idle timeout does not run while an open connection is paused.
    */
   #pause(): void {
-    // A bug in Bun 1.4.5: when the client has read a part, Bun reads from it again, but believes
-    // that it is still paused. Then pause() does nothing, unless resume() comes first. When Bun is
-    // mended, resume() can go.
+    // A bug in Bun 1.4.5: once the client has read a part, Bun reads from the client again, but
+    // still takes the connection for paused, so that pause() alone does nothing. So resume() comes
+    // first. When the bug is fixed, it can go.
     this.#webSocket!.resume();
     this.#webSocket!.pause();
     const { idleSeconds } = this.#connection.limits;
     const closeIdle = () => this.#connection.close(1008, UNREAD_REASON);
-    this.#pauseTimer ??= setTimeout(closeIdle, idleSeconds * 1000); // only `drained` restarts it
+    this.#pauseTimer ??= setTimeout(closeIdle, idleSeconds * 1000); // only `drained` ends it
   }
 
   /** The client has read some of what was unread. */
@@ -942,14 +957,14 @@ class BunSocket implements Socket {
   }
 
   #receiveHeldMessages(): void {
-    if (!this.#heldMessages) return;
+    const messages = this.#heldMessages ?? [];
     let receivedCount = 0;
-    for (const message of this.#heldMessages) {
+    for (const message of messages) {
       if (this.#mustPause()) break;
       this.#connection.received(message);
       receivedCount++;
     }
-    this.#heldMessages.splice(0, receivedCount);
+    messages.splice(0, receivedCount);
   }
 
   /** Bun reports the end at once, even if the client reads nothing and the close frame waits. */
@@ -1011,7 +1026,10 @@ type CompleteOptions = Readonly<Options & typeof defaultOptions>;
 export interface Server {
   /** The port on which it listens. */
   readonly port: number;
-  /** Closes all connections with 1001, waits for them at most `limits.stopSeconds`, and ends. */
+  /**
+   * Closes all connections with 1001, waits for them at most `limits.stopSeconds`, and frees the
+   * port. On Deno, a client that ignores the close frame stays connected.
+   */
   stop(): Promise<void>;
 }
 
@@ -1030,6 +1048,9 @@ export function serve(givenOptions: Options = {}): Server {
   return { port: runtimeServer.port, stop: () => stopServer(runtimeServer, state) };
 }
 
+/** How often a stopping server checks whether its connections have ended. */
+const STOP_CHECK_MILLISECONDS = 10;
+
 /** How long a stopping server waits for requests that are not finished. */
 const UNFINISHED_REQUEST_MILLISECONDS = 100;
 
@@ -1038,8 +1059,11 @@ async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Pro
   const connections = [...state.connections]; // a copy, since they may leave the array meanwhile
   for (const connection of connections) connection.close(1001, STOP_REASON);
   const deadline = performance.now() + state.options.limits.stopSeconds * 1000;
-  // Bun reports the end at once, so there this waits only for clients that have left much unread.
-  while (state.connections.length > 0 && performance.now() < deadline) await sleep(10);
+  // On Bun, most connections have left the array already (see `BunSocket.close`). If one with much
+  // unread has stayed, this waits for all of `stopSeconds`.
+  while (state.connections.length > 0 && performance.now() < deadline) {
+    await sleep(STOP_CHECK_MILLISECONDS);
+  }
   // Without the race, Deno would wait for ever for a client that does not finish its request.
   await Promise.race([runtimeServer.stop(), sleep(UNFINISHED_REQUEST_MILLISECONDS)]);
 }
@@ -1081,7 +1105,9 @@ function withoutUndefined<Values extends object>(values: Values): Values {
 
 function checkLimits(values: Limits): void {
   for (const [name, value] of Object.entries(values)) {
-    if (!Object.hasOwn(limits, name)) throw new Error(`there is no limit named ${name}`);
+    if (!Object.hasOwn(defaultOptions.limits, name)) {
+      throw new Error(`there is no limit named ${name}`);
+    }
     const [least, most] = limitRanges[name as keyof Limits] ?? [1, GREATEST_LIMIT];
     if (Number.isInteger(value) && value >= least && value <= most) continue;
     throw new Error(`limits.${name} must be a whole number from ${least} to ${most}, not ${value}`);
@@ -1142,8 +1168,8 @@ function checkTls(cert?: string, key?: string): void {
   if (!isKeyOfCertificate) throw new Error("the --key does not belong to the --cert");
 }
 
-// The log. It shows some lines in each tenth of a second, more than anybody can read, and counts
-// the rest. So logging a flood of messages costs little. The log goes through `console`,
+// The log. It shows at most 100 lines in a tenth of a second, which is more than anybody can read,
+// and counts the rest. So logging a flood of messages costs little. The log goes through `console`,
 // because Deno Deploy and debuggers see nothing else.
 
 const LOG_INTERVAL_MILLISECONDS = 100;
@@ -1253,7 +1279,7 @@ const flagTable: Record<string, Flag> = {
   },
   origin: {
     placeholder: "URL",
-    help: "only its pages may connect (repeatable)",
+    help: "only pages of this origin may connect (repeatable)",
     toOptions: (origin, { origins = [] }) => ({ origins: [...origins, origin] }),
   },
   cert: {
@@ -1276,7 +1302,7 @@ const flagTable: Record<string, Flag> = {
   },
 };
 
-/** Runs a server until a signal stops it. Throws an Error if the command line is wrong. */
+/** Starts a server that a signal stops. Throws an Error if it cannot start, or a flag is wrong. */
 function main(args: string[]): void {
   if (args.includes("--help") || args.includes("-h")) return console.log(helpText());
   const options = parseFlags(args);
@@ -1330,10 +1356,11 @@ function splitFlags(args: string[]): { name: string; value?: string }[] {
     const { tokens } = parseArgs({ args, options: Object.fromEntries(flagTypes), tokens: true });
     return tokens.filter((token) => token.kind === "option");
   } catch (error) {
-    // parseArgs calls a value that begins with a dash, such as -1, ambiguous. Say what is wrong.
+    // parseArgs calls a value that begins with a dash, such as -1, ambiguous. This says it clearly.
     const ambiguous = /^Option '(--[\w-]+).* argument is ambiguous/.exec((error as Error).message);
     if (!ambiguous) throw error;
-    throw new Error(`${ambiguous[1]} needs a value, which may not begin with a dash`);
+    const [, flag] = ambiguous;
+    throw new Error(`${flag} needs a value; if it begins with a dash, write ${flag}=VALUE`);
   }
 }
 
@@ -1381,19 +1408,19 @@ function stopOnSignal(server: Server): void {
 
 // ---- 6. The subprotocol on-demand ---------------------------------------------------------------
 // A small language over messages, for tests of clients and proxies. Every number and every text has
-// a limit here; `send` limits the rest.
+// a limit here; `send` limits how much may be unread.
 
 const HELP = "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
   "bytes COUNT, headers, help";
 
-let allDelayed = 0; // the delayed texts of all connections: at most 10,000, which are 10 to 20 MB
+let delayedCount = 0; // the delayed texts of all connections: at most 10,000, which are 10 to 20 MB
 
 /** Does what a message asks for, such as "close 4001 bye". */
 function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
   const delayedTimers = new Set<Timer>();
   connection.onclose = () => {
     delayedTimers.forEach((timer) => clearTimeout(timer));
-    allDelayed -= delayedTimers.size;
+    delayedCount -= delayedTimers.size;
   };
   return (message) => {
     const { command, number, text } = parseCommand(message);
@@ -1438,14 +1465,16 @@ function delay(
   if (milliseconds > 60_000) return "delay MILLISECONDS TEXT: at most 60000 milliseconds";
   if (text.length > 1000) return "delay MILLISECONDS TEXT: a text of at most 1000 characters";
   if (delayedTimers.size >= 64) return "delay MILLISECONDS TEXT: 64 messages are delayed already";
-  if (allDelayed >= 10_000) return "delay MILLISECONDS TEXT: other clients delay too many messages";
+  if (delayedCount >= 10_000) {
+    return "delay MILLISECONDS TEXT: other clients delay too many messages";
+  }
   const timer = setTimeout(() => {
     delayedTimers.delete(timer);
-    allDelayed--;
+    delayedCount--;
     connection.send(text);
   }, milliseconds);
   delayedTimers.add(timer);
-  allDelayed++;
+  delayedCount++;
 }
 
 /** Sends a text many times. The copies together may take half of `limits.unreadBytes`. */
@@ -1474,10 +1503,10 @@ function describeHandshake({ address, requestLine, headers }: Handshake): string
 //
 // So the segmenter is asked only where it is needed. Some units join their neighbours: combining
 // marks, joiners, surrogates, Hangul jamo, CR. All others are called plain. Two plain units never
-// join each other, but a plain unit may be joined by one that is not, as the "e" of "e\u0308" is.
-// So each cluster of several units has a unit that is not plain, and the segmenter is asked for the
-// clusters of these units. The slowest text of 1 MiB that was found takes 0.2 s, in which no other
-// client is served.
+// join each other, but a unit that is not plain may join a plain one, as the mark of "e\u0308"
+// joins its "e". So each cluster of several units has a unit that is not plain, and the segmenter
+// is asked for the clusters of these units. The slowest text of 1 MiB that was found takes 0.2 s,
+// in which no other client is served.
 
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
 
@@ -1492,8 +1521,9 @@ export function reverse(message: Message): Message {
   return reverseAscii(message) ?? reverseClusters(message);
 }
 
-// The scratch memory, in which each text is reversed. It grows with the longest text so far, and
-// never shrinks. These are three views of it: as bytes, as numbers of 8 bytes, as UTF-16 units.
+// The scratch memory, in which each text is reversed. It grows with the longest text, to six bytes
+// for each unit, and never shrinks. These are three views of it: as bytes, as numbers of 8 bytes,
+// as UTF-16 units.
 let scratchBytes = Buffer.alloc(0);
 let scratchNumbers = new DataView(scratchBytes.buffer);
 let scratchUnits = new Uint16Array(0);
@@ -1506,7 +1536,7 @@ const UNUSED_BYTES = 64;
 
 /** Makes the scratch memory large enough for a text of so many units. */
 function growScratch(unitCount: number): void {
-  const neededBytes = 2 * unitCount + 8; // as UTF-16, or as ASCII that is padded to 8 bytes
+  const neededBytes = 3 * unitCount + 8; // UTF-8 takes up to 3 bytes a unit; 8 are for the padding
   if (scratchBytes.length >= neededBytes) return;
   const memory = new ArrayBuffer(UNUSED_BYTES + 2 * neededBytes); // twice, so that growing is rare
   scratchBytes = Buffer.from(memory, UNUSED_BYTES);
@@ -1530,9 +1560,7 @@ function reverseAscii(text: string): string | undefined {
   const paddedLength = Math.ceil(text.length / 8) * 8;
   const padding = paddedLength - text.length;
   scratchNumbers.setFloat64(0, 0); // the zero bytes
-  // A text that is not ASCII takes more bytes in UTF-8 than it has units. There is room for more
-  // than twice as many bytes as units. So even if `write` has to stop, `byteCount` is greater than
-  // `text.length`.
+  // In UTF-8, a text that is not ASCII takes more bytes than it has units.
   const byteCount = scratchBytes.write(text, padding);
   if (byteCount !== text.length || text.includes("\r")) return undefined;
   let left = 0;
@@ -1587,8 +1615,8 @@ const unitKinds = new Uint8Array(0x10000).fill(NOT_PLAIN, 0xd800, 0xe000);
 
 /**
  * Whether a unit is plain. The segmenter is asked the first time that a unit is met. By UAX #29, it
- * is enough to try the unit after an "a" (marks and joiners join it), before an "a" (prepended
- * marks join it), beside itself (jamo join) and before a line feed (CR joins it).
+ * is enough to try the unit after an "a" (marks and joiners join it), beside itself (jamo join),
+ * before an "a" (prepended marks join it) and before a line feed (CR joins it).
  */
 function isPlain(text: string, index: number): boolean {
   const unit = text.charCodeAt(index);

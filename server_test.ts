@@ -425,8 +425,8 @@ function encodeFrameHead(length: number): Buffer {
 }
 
 /** Encodes a close frame without a reason. */
-function closeFrame(code: number): Buffer {
-  return encodeFrame(CLOSE, Uint8Array.of(code >> 8, code & 255));
+function closeFrame(code: number, reason = ""): Buffer {
+  return encodeFrame(CLOSE, Buffer.from([code >> 8, code & 255, ...Buffer.from(reason)]));
 }
 
 /** Sends an HTTP request on a connection of its own and returns the response. */
