@@ -869,7 +869,7 @@ class BunSocket implements Socket {
   #webSocket?: BunWebSocket; // since it opened
   #pauseTimer?: Timer; // set during a pause, in which Bun does not read from the client
   #heldMessages?: Message[]; // that Bun had read before the pause
-  #unreadAfterClose?: number; // in bytes; Bun keeps them, but reports 0 after close()
+  #unreadBytes = 0; // when last measured
 
   constructor(connection: Connection) {
     this.#connection = connection;
@@ -904,7 +904,7 @@ class BunSocket implements Socket {
     this.#heldMessages = undefined;
     clearTimeout(this.#pauseTimer);
     const isTcpGone = code === 1006;
-    if (isTcpGone) this.#unreadAfterClose = 0;
+    if (isTcpGone) this.#unreadBytes = 0;
     const isTooBig = reason === "Received too big message";
     this.#connection.ended(isTooBig ? 1009 : code);
   }
@@ -918,7 +918,14 @@ class BunSocket implements Socket {
 
   /** On Bun, only the bytes of an unread message take memory that is worth counting. */
   unreadMemory(): number {
-    return this.#unreadAfterClose ?? this.#webSocket!.getBufferedAmount();
+    this.#measure();
+    return this.#unreadBytes;
+  }
+
+  #measure(): void {
+    // After a close frame of either side, Bun reports 0 although it keeps what is unread.
+    const isOpen = this.#webSocket!.readyState === WebSocket.OPEN;
+    if (isOpen) this.#unreadBytes = this.#webSocket!.getBufferedAmount();
   }
 
   #mustPause(): boolean {
@@ -969,7 +976,7 @@ class BunSocket implements Socket {
 
   /** Bun reports the end at once, even if the client reads nothing and the close frame waits. */
   close(code: number, reason: string): void {
-    this.#unreadAfterClose = this.#webSocket!.getBufferedAmount();
+    this.#measure();
     this.#webSocket!.close(code, reason);
   }
 }

@@ -2156,6 +2156,22 @@ describe("the number of connections", () => {
     }
   });
 
+  test("a client that closes with much unread still counts, as it still takes memory", async () => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const port = listenWith((connection) => {
+      connection.onclose = resolve;
+      return () => connection.send(new Uint8Array(20_000_000)); // more than the kernel holds
+    }, { limits: { connections: 1 } });
+    const client = await RawClient.open(port, "added");
+    client.socket.pause();
+    client.socket.write(Buffer.concat([encodeFrame(TEXT, Buffer.from("go")), closeFrame(1000)]));
+    await promise;
+    for (let i = 0; i < 10; i++) {
+      await sleep(100);
+      await assertFull(port);
+    }
+  }, onDeno && "Deno frees the memory when the client closes");
+
   test("of twenty handshakes at once, no more stay than there is room for", async () => {
     const port = listen({ limits: { connections: 3 } });
     const clients = Array.from({ length: 20 }, () => RawClient.to(port));
