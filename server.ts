@@ -905,7 +905,7 @@ class BunSocket implements Socket {
     clearTimeout(this.#pauseTimer);
     const isTcpGone = code === 1006;
     if (isTcpGone) this.#unreadBytes = 0;
-    const isTooBig = reason === "Received too big message";
+    const isTooBig = isTcpGone && reason === "Received too big message";
     this.#connection.ended(isTooBig ? 1009 : code);
   }
 

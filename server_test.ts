@@ -1401,6 +1401,14 @@ describe("the log", () => {
     assert.equal(code, "1009");
   });
 
+  test("a client cannot make the log say 1009", async () => {
+    const program = startProgram(["--port", "0"]);
+    const client = await RawClient.open(await program.port());
+    client.socket.write(closeFrame(1000, "Received too big message"));
+    const [, code] = await program.prints(/^closed: 127\.0\.0\.1:\d+, code (\d+)$/m);
+    assert.equal(code, "1000");
+  });
+
   test("a refused handshake is logged with the reason", async () => {
     const program = startProgram(["--port", "0"]);
     await request(await program.port(), handshake({ "Sec-WebSocket-Protocol": [] }));
