@@ -1498,8 +1498,15 @@ function zeroBytes(connection: Connection, length: number): Message {
   return new Uint8Array(length);
 }
 
+/** A page may not read its user's cookies by script, so it must not get them back from here. */
+const HIDDEN_HEADERS = ["cookie", "authorization"];
+
 function describeHandshake({ address, requestLine, headers }: Handshake): string {
-  return JSON.stringify({ address, request: requestLine, headers: Object.fromEntries(headers) });
+  const shownHeaders = Object.fromEntries(headers);
+  for (const name of HIDDEN_HEADERS) {
+    if (headers.has(name)) shownHeaders[name] = "(hidden)";
+  }
+  return JSON.stringify({ address, request: requestLine, headers: shownHeaders });
 }
 
 // ---- 7. How a message is reversed ---------------------------------------------------------------

@@ -977,6 +977,19 @@ describe("the subprotocols", () => {
     assert.equal(shown.address, client.address);
   });
 
+  test("on-demand does not show a page the cookies that its scripts may not read", async () => {
+    const headers = {
+      "Sec-WebSocket-Protocol": "on-demand",
+      "Cookie": "session=secret",
+      "Authorization": "Basic secret",
+    };
+    const client = await RawClient.openWith(listen(), handshake(headers));
+    const shown = (await client.ask("headers"))!;
+    assert.doesNotMatch(shown, /secret/);
+    assert.equal(JSON.parse(shown).headers.cookie, "(hidden)");
+    assert.equal(JSON.parse(shown).headers.authorization, "(hidden)");
+  });
+
   test("all subprotocols work side by side on one port", async () => {
     const port = listen();
     const reversing = await RawClient.open(port);
