@@ -609,7 +609,7 @@ function listenOnDeno(state: ServerState): RuntimeServer {
       if (isStopped) return;
       try {
         server = startListening(server.addr.port);
-        return;
+        return printError(() => "listening again");
       } catch { // Most often, no file descriptor is free yet.
       }
     }

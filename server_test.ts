@@ -2407,6 +2407,7 @@ describe("hostile clients", () => {
       assert.ok(accepted.length < 100, "it did not run out of file descriptors");
       await eventually(() => assertServes(port), "it serves again");
       await assertReplies(other);
+      if (onDeno) await program.reports(/^stopped listening: .*\nlistening again$/m);
     },
     !onLinux && "it takes Linux to count file descriptors as here",
   );
