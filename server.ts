@@ -88,8 +88,8 @@ function chat(connection: Connection): MessageHandler {
 /** The default limits. `serve({ limits: { ... } })` replaces some of them. */
 export const limits = {
   /**
-   * The longest message, in bytes (of text: of UTF-8). A longer one closes with 1009. Deno
-   * notices it only when the whole message is in memory.
+   * The longest message, in bytes (of text: of UTF-8). A longer one closes with 1009. Deno notices
+   * it only when the whole message is in memory.
    */
   messageBytes: 1024 * 1024,
   /**
@@ -112,11 +112,10 @@ export const limits = {
   /**
    * Seconds until a connection without a sign of life is ended. (Deno does not end one that has
    * unread messages.) The runtimes send pings, and a pong is a sign of life; but a client cannot
-   * send one in the middle of a frame. Bun counts every byte that arrives. Deno counts a message
-   * only when it is complete, and sends its ping after half of this time. So a frame should take
-   * less than half of this. A frame of 1 MiB takes 84 s at 100 kbit/s, so 168 s would be safe, but
-   * then a dead client would be noticed only after almost three minutes. With 108 s, a client needs
-   * 155 kbit/s for it on Deno.
+   * send one in the middle of a frame. Bun counts every byte that arrives. Deno sends its ping
+   * after half of `idleSeconds`, and then waits for a pong or a whole message. So a frame should
+   * arrive within half of `idleSeconds`: 1 MiB in 54 s is 155 kbit/s. More seconds would serve
+   * slower clients, but a dead client is to be noticed within two minutes.
    */
   idleSeconds: 108,
   /** The most seconds that a stopping server waits until its connections have ended. */
@@ -237,7 +236,10 @@ function answer(request: Request, address: string, state: ServerState): Response
   return new Connection(subprotocolName, { address, requestLine, headers }, state);
 }
 
-/** Returns the name of the first offered subprotocol that the server speaks, compared exactly. */
+/**
+ * Returns the name of the first offered subprotocol that the server speaks, compared exactly; the
+ * default if nothing is offered.
+ */
 function selectSubprotocol(offers: string | null, options: CompleteOptions): string | undefined {
   if (offers === null) return options.defaultSubprotocol;
   const selected = splitList(offers).find((name) => Object.hasOwn(options.subprotocols, name));
@@ -303,13 +305,14 @@ function contentHash(element: "style" | "script"): string {
 // `send` closes a client that has left too much unread.
 //
 // The life of a connection: it is open until the client or the server closes it. From then on, its
-// subprotocol receives nothing and can send nothing. What is unread is still delivered, if the
-// client reads. When the runtime reports the end, the connection leaves `state.connections`; but if
-// much is unread then, it stays there for another `idleSeconds`, since it still takes memory.
+// subprotocol can send nothing, and receives nothing that comes later. What is unread is still
+// delivered, if the client reads. When the runtime reports the end, the connection leaves
+// `state.connections`; but if much is unread then, it stays there for another `idleSeconds`, since
+// it still takes memory.
 
 /** What a connection needs of a runtime's socket. */
 interface Socket {
-  /** Sends a message, or lets it wait. Returns false if the client is leaving. */
+  /** Sends a message, or lets it wait. Returns false if the client has begun to close. */
   send(message: Message): boolean;
   /**
    * The memory of the unread messages, in bytes. The limits apply to it. A runtime may keep some
@@ -333,8 +336,9 @@ const STOP_REASON = "the server is stopping";
 /** One connection with a client, the same on both runtimes. */
 export class Connection {
   /**
-   * Is called once, when the client has left or the server has closed the connection. Set it
-   * before. After a close by the server, the client may still be connected.
+   * Is called once, soon after the client has left or the server has closed the connection. After a
+   * close by the server, the client may still be connected. Must not be async. Set it before the
+   * subprotocol's function returns.
    */
   onclose?: () => void;
 
@@ -399,18 +403,17 @@ export class Connection {
   }
 
   /**
-   * The runtime reports the end of a connection that has opened, once. When the server closes, Bun
-   * reports the end at once. In all other cases, the close frames have been exchanged by then, or
-   * TCP has ended.
+   * The runtime reports the end. This happens once, and after `opened`. When the server closes, Bun
+   * calls this before `BunSocket.close` returns. In all other cases, the close frames have been
+   * exchanged by then, or TCP has ended.
    */
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
     if (this.unreadMemory <= SMALL_UNREAD_BYTES) return this.#forget();
-    // The unread messages may stay in memory for as long as the client stays, and nothing reports
-    // when it leaves. So they count for `idleSeconds` more. By then Bun has ended the TCP
-    // connection. Deno may not have (see `DenoSocket.ended`): then the memory is in use, but no
-    // longer counted. (The timer is one of Node.js, since only those have unref() on both
-    // runtimes.)
+    // The unread messages may stay in memory until the client has really left, which nothing
+    // reports. So they count for `idleSeconds` more. By then Bun has ended the TCP connection. Deno
+    // may keep the messages for longer: then the memory is in use, but no longer counted. (The
+    // timer is one of Node.js, since only those have unref() on both runtimes.)
     timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
   }
 
@@ -433,7 +436,7 @@ export class Connection {
    */
   send(message: Message): void {
     const isSent = this.#trySend(message);
-    if (isSent) this.#logAfterwards(() => `sending data: ${preview(message)}`);
+    if (isSent) this.#logAfterHandler(() => `sending data: ${preview(message)}`);
   }
 
   /**
@@ -479,12 +482,12 @@ export class Connection {
     this.close(1011, "internal error");
   }
 
-  /** From now on the subprotocol receives nothing and can send nothing. */
+  /** From now on the subprotocol can send nothing, and receives nothing that comes later. */
   #markClosed(code: number): void {
     this.#isOpen = false;
-    this.#logAfterwards(() => `closed: ${this.address}, code ${code}`);
+    this.#logAfterHandler(() => `closed: ${this.address}, code ${code}`);
     queueMicrotask(() => {
-      // Called in a microtask, since a subprotocol may first call `close` and then set `onclose`.
+      // Not at once, since a subprotocol's function may first call `close` and then set `onclose`.
       try {
         checkNotAsync(this.onclose?.());
       } catch (error) {
@@ -497,7 +500,7 @@ export class Connection {
    * Logs in a microtask, so that the lines that a handler causes come below "received data: …,
    * replying: …", which is logged when the handler has returned.
    */
-  #logAfterwards(makeLine: () => string): void {
+  #logAfterHandler(makeLine: () => string): void {
     const { log } = this.#state;
     if (log) queueMicrotask(() => log(makeLine));
   }
@@ -645,7 +648,8 @@ function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocket
   return upgrade;
 }
 
-// The server on Bun. Its types, as far as they are needed:
+// The server on Bun. The types `BunServer` and `BunWebSocket` are Bun's own, as far as they are
+// needed here. `BunSocket` is ours; Bun keeps it as the data of its socket.
 
 declare const Bun: { serve(options: object): BunServer };
 
@@ -656,7 +660,6 @@ interface BunServer {
   requestIP(request: Request): { address: string; port: number } | null;
 }
 
-/** A socket as Bun passes it to the functions below, with our `BunSocket` as its data. */
 interface BunWebSocket {
   readonly data: BunSocket;
   readonly readyState: number;
@@ -738,7 +741,8 @@ const CLOSE_PATIENCE_MILLISECONDS = 500;
 /**
  * Deno reads all that a client sends, and keeps all that the client does not read. Deno waits for a
  * pong only when its ping has been sent, and the ping waits behind the unread messages. So the idle
- * time never ends a client that reads nothing. Nor does it end one that ignores the close frame.
+ * time never ends a client that leaves messages unread. Nor does it end one that ignores the close
+ * frame.
  * `close` delays the close frame; the comment there says why.
  */
 class DenoSocket implements Socket {
@@ -771,8 +775,8 @@ class DenoSocket implements Socket {
   }
 
   ended(code: number): void {
-    // At the end Deno frees the unread messages, unless the server has sent a close frame after
-    // them.
+    // At the end Deno frees the unread messages, unless our close frame stood in the queue behind
+    // them. Those it keeps, so they still count.
     if (!this.#wasClosedWithUnread) this.#forgetAllMessages();
     this.#connection.ended(code || 1006); // 0 is an end without a close frame
   }
@@ -795,9 +799,9 @@ class DenoSocket implements Socket {
   /**
    * Deno reports how many bytes are unread, but not in how many messages. Messages are sent in
    * order, so the bytes that have been read are those of the oldest messages. An empty message adds
-   * no bytes, so nobody can tell when it was read: it counts until a later message that is not
-   * empty has been read. So, with the default limits, about 20,000 empty replies in a row close
-   * even a client that reads.
+   * no bytes, so nobody can tell when it was read: it counts until bytes of a later message have
+   * been read. So, with the default limits, about 20,000 empty replies in a row close even a client
+   * that reads.
    */
   #forgetReadMessages(): void {
     let readBytes = this.#unreadSum - this.#webSocket.bufferedAmount;
@@ -898,8 +902,8 @@ class BunSocket implements Socket {
    * with a reason of its own.
    */
   ended(code: number, reason: string): void {
-    // If the client has closed, it gets no replies, but its messages are received. If the server
-    // has closed, `received` ignores them.
+    // If the client has closed, the subprotocol still gets what it sent before. If the server has
+    // closed, `Connection.received` ignores these messages.
     for (const message of this.#heldMessages ?? []) this.#connection.received(message);
     this.#heldMessages = undefined;
     clearTimeout(this.#pauseTimer);
@@ -936,7 +940,7 @@ class BunSocket implements Socket {
 
   /**
    * Stops reading from the client. A timer ends the connection if the client reads nothing, since
-   * Bun's idle timeout does not run while an open connection is paused.
+   * Bun's idle timeout does not run during a pause. (It runs again once the server has closed.)
    */
   #pause(): void {
     // A bug in Bun 1.4.5: once the client has read a part, Bun reads from the client again, but
@@ -946,7 +950,8 @@ class BunSocket implements Socket {
     this.#webSocket!.pause();
     const { idleSeconds } = this.#connection.limits;
     const closeIdle = () => this.#connection.close(1008, UNREAD_REASON);
-    this.#pauseTimer ??= setTimeout(closeIdle, idleSeconds * 1000); // only `drained` ends it
+    // Every send during the pause comes here, but gives the client no more time.
+    this.#pauseTimer ??= setTimeout(closeIdle, idleSeconds * 1000);
   }
 
   /** The client has read some of what was unread. */
@@ -966,6 +971,7 @@ class BunSocket implements Socket {
   #receiveHeldMessages(): void {
     const messages = this.#heldMessages ?? [];
     let receivedCount = 0;
+    // If a message closes the connection, `Connection.received` ignores the others.
     for (const message of messages) {
       if (this.#mustPause()) break;
       this.#connection.received(message);
@@ -1066,8 +1072,9 @@ async function stopServer(runtimeServer: RuntimeServer, state: ServerState): Pro
   const connections = [...state.connections]; // a copy, since they may leave the array meanwhile
   for (const connection of connections) connection.close(1001, STOP_REASON);
   const deadline = performance.now() + state.options.limits.stopSeconds * 1000;
-  // On Bun, most connections have left the array already (see `BunSocket.close`). If one with much
-  // unread has stayed, this waits for all of `stopSeconds`.
+  // On Bun, most connections have left the array already (see `BunSocket.close`), and Bun still
+  // delivers what they have unread. If one with much unread has stayed, this waits for all of
+  // `stopSeconds`.
   while (state.connections.length > 0 && performance.now() < deadline) {
     await sleep(STOP_CHECK_MILLISECONDS);
   }
@@ -1420,7 +1427,7 @@ function stopOnSignal(server: Server): void {
 const HELP = "commands: close CODE REASON, delay MILLISECONDS TEXT, repeat TIMES TEXT, " +
   "bytes COUNT, headers, help";
 
-let delayedCount = 0; // the delayed texts of all connections: at most 10,000, which are 10 to 20 MB
+let delayedCount = 0; // of all connections; 10,000 texts of 1000 characters take 10 to 20 MB
 
 /** Does what a message asks for, such as "close 4001 bye". */
 function onDemand(connection: Connection, handshake: Handshake): MessageHandler {
@@ -1448,9 +1455,9 @@ function parseCommand(message: Message): { command: string; number: number; text
   const line = typeof message === "string" ? message : "help";
   // The number must end at a space or at the end: "5x" is part of the text, and so is a number of
   // more than 15 digits.
-  const parts = /^(\w+)(?: (\d{1,15})(?= |$))?(?: (.*))?$/s.exec(line);
+  const parts = /^(?<command>\w+)(?: (?<digits>\d{1,15})(?= |$))?(?: (?<text>.*))?$/s.exec(line);
   if (!parts) return { command: "help", number: Infinity, text: "" };
-  const [, command, digits = "Infinity", text = ""] = parts;
+  const { command, digits = "Infinity", text = "" } = parts.groups!;
   return { command, number: Number(digits), text };
 }
 
@@ -1462,7 +1469,7 @@ function closeOnDemand(connection: Connection, code: number, reason: string): st
   }
 }
 
-/** Sends a text after some milliseconds, unless the connection has ended by then. */
+/** Sends a text after some milliseconds, unless the connection is closed by then. */
 function delay(
   connection: Connection,
   delayedTimers: Set<Timer>,
@@ -1562,9 +1569,10 @@ function growScratch(unitCount: number): void {
  * Reverses a text of ASCII without CR; returns undefined for any other. (The only cluster of two
  * ASCII characters is CR LF.)
  *
- * The text is written after up to 7 zero bytes, so that together they fill whole numbers of 8
- * bytes. Then the first number changes places with the last, the second with the last but one, and
- * so on. Reading a number as little-endian and writing it as big-endian reverses its bytes.
+ * The text is written after up to 7 zero bytes, so that their length together is a multiple of 8.
+ * They are taken as numbers of 8 bytes each. The first number changes places with the last, the
+ * second with the last but one, and so on. Reading a number as little-endian and writing it as
+ * big-endian reverses its bytes.
  *
  * The numbers are floats. Their bits stay as they are unless they make a NaN, which bytes of ASCII
  * never do. For 64 KiB, floats take 7 to 10 µs, BigInts 5 to 70 µs, the native reverse() 50 to 60
@@ -1636,6 +1644,7 @@ function isPlain(text: string, index: number): boolean {
   const unit = text.charCodeAt(index);
   if (unitKinds[unit] === UNKNOWN) {
     const character = text[index];
+    // The tests in their order: after "a", beside itself, before "a", before "\n".
     const probe = "a" + character + character + "a" + character + "\n";
     const clusterCount = [...segmenter.segment(probe)].length;
     unitKinds[unit] = clusterCount === probe.length ? PLAIN : NOT_PLAIN;
