@@ -110,12 +110,12 @@ export const limits = {
    */
   connections: 10_000,
   /**
-   * Seconds until a connection without a sign of life is ended. (Deno does not end one that has
-   * unread messages.) The runtimes send pings, and a pong is a sign of life; but a client cannot
-   * send one in the middle of a frame. Bun counts every byte that arrives. Deno sends its ping
-   * after half of `idleSeconds`, and then waits for a pong or a whole message. So a frame should
-   * arrive within half of `idleSeconds`: 1 MiB in 54 s is 155 kbit/s. More seconds would serve
-   * slower clients, but a dead client is to be noticed within two minutes.
+   * Seconds until a connection without a sign of life is ended. Bun counts every byte that arrives
+   * as a sign of life. Deno is stricter: after half of `idleSeconds` it sends a ping, and then only
+   * a pong or a whole message counts. A client cannot send a pong in the middle of a frame, so a
+   * frame must arrive within the other half: 1 MiB in 54 s is 155 kbit/s. More seconds would serve
+   * slower clients, but a dead client is to be noticed within two minutes. (Deno does not end a
+   * client that has unread messages, see `DenoSocket`.)
    */
   idleSeconds: 108,
   /** The most seconds that a stopping server waits until its connections have ended. */
@@ -195,7 +195,7 @@ function answer(request: Request, address: string, state: ServerState): Response
     const isAllowed = method === "GET" || method === "HEAD";
     if (!isAllowed) return textResponse(405, "Use GET.", { allow: "GET, HEAD" });
     if (url.pathname !== "/") return textResponse(404, "The page is at /.");
-    return new Response(page, { headers: pageHeaders });
+    return new Response(page, { headers: pageHeaders }); // both are at the end of this part
   }
 
   // RFC 6455 section 4.2.1 says what a handshake must contain.
@@ -410,10 +410,11 @@ export class Connection {
   ended(code: number): void {
     if (this.#isOpen) this.#markClosed(code);
     if (this.unreadMemory <= SMALL_UNREAD_BYTES) return this.#forget();
-    // The unread messages may stay in memory until the client has really left, which nothing
-    // reports. So they count for `idleSeconds` more. By then Bun has ended the TCP connection. Deno
-    // may keep the messages for longer: then the memory is in use, but no longer counted. (The
-    // timer is one of Node.js, since only those have unref() on both runtimes.)
+    // Messages are kept after the end in two cases: on Bun, if they are unread when a close frame
+    // comes from either side; on Deno, if our close frame waits behind them. Neither runtime
+    // reports when it frees them, so they count for `idleSeconds` more. By then Bun has done so;
+    // Deno may not have, and then the memory is in use, but no longer counted. (The timer is one of
+    // Node.js, since only those have unref() on both runtimes.)
     timers.setTimeout(() => this.#forget(), this.limits.idleSeconds * 1000).unref();
   }
 
@@ -472,7 +473,8 @@ export class Connection {
 
   #forget(): void {
     const { connections } = this.#state;
-    connections.splice(connections.indexOf(this), 1);
+    const index = connections.indexOf(this);
+    if (index >= 0) connections.splice(index, 1); // at -1, splice would remove another one
   }
 
   /** An exception in a subprotocol ends its connection and nothing else. */
@@ -629,8 +631,9 @@ function listenOnDeno(state: ServerState): RuntimeServer {
 /**
  * Upgrades a request and names the subprotocol in the response. Deno's option `protocol` works only
  * if the client has separated its offers by ", ", as browsers do. For other clients, the header is
- * set here. Deno 2.5, the version that Deno Deploy documents, does not allow that, so these clients
- * get no subprotocol there. When Deno Deploy has 2.9, always set the header instead.
+ * set here. In Deno 2.5, the version that Deno Deploy documents, the headers of the response cannot
+ * be changed, so these clients get no subprotocol there. When Deno Deploy has 2.9, leave out
+ * `protocol` and always set the header.
  */
 function upgradeOnDeno(request: Request, connection: Connection): Deno.WebSocketUpgrade {
   const { subprotocolName } = connection;
@@ -726,7 +729,7 @@ const DENO_MESSAGE_OVERHEAD_BYTES = 1024;
 interface Closing {
   readonly code: number;
   readonly reason: string;
-  /** The latest time for the frame, by performance.now(). It moves while the client reads. */
+  /** When to stop waiting, by performance.now(). Put off while the client reads. */
   deadline: number;
   /** Whether a message of the client has come since the last check. */
   hasClientSent: boolean;
@@ -775,8 +778,8 @@ class DenoSocket implements Socket {
   }
 
   ended(code: number): void {
-    // At the end Deno frees the unread messages, unless our close frame stood in the queue behind
-    // them. Those it keeps, so they still count.
+    // At the end Deno frees the unread messages. But if it was told to close while messages were
+    // unread, it keeps these, so they still count.
     if (!this.#wasClosedWithUnread) this.#forgetAllMessages();
     this.#connection.ended(code || 1006); // 0 is an end without a close frame
   }
@@ -821,8 +824,8 @@ class DenoSocket implements Socket {
   /**
    * Once Deno has been told to close, it cuts the connection at the next message or pong that
    * arrives, and the client may never get the close frame. So the frame is sent when the client has
-   * read everything and is silent. It is also sent at the deadline, which moves while the client
-   * reads.
+   * read everything and has sent nothing since the last check. It is also sent at the deadline,
+   * which is put off while the client reads.
    */
   close(code: number, reason: string): void {
     const deadline = performance.now() + CLOSE_PATIENCE_MILLISECONDS;
@@ -956,6 +959,7 @@ class BunSocket implements Socket {
 
   /** The client has read some of what was unread. */
   drained(): void {
+    // Bun delivers no new message before this returns, so none can overtake a held one.
     this.#resume();
     this.#receiveHeldMessages();
     const isOpen = this.#webSocket!.readyState === WebSocket.OPEN; // a held message may close it
@@ -1505,7 +1509,9 @@ function zeroBytes(connection: Connection, length: number): Message {
   return new Uint8Array(length);
 }
 
-/** A page may not read its user's cookies by script, so it must not get them back from here. */
+/**
+ * The scripts of a page may not read HttpOnly cookies and credentials, so they are not sent back.
+ */
 const HIDDEN_HEADERS = ["cookie", "authorization"];
 
 function describeHandshake({ address, requestLine, headers }: Handshake): string {
@@ -1550,8 +1556,9 @@ let scratchNumbers = new DataView(scratchBytes.buffer);
 let scratchUnits = new Uint16Array(0);
 
 /**
- * Unused bytes before the views. Without them, the views and the string that is made of them both
- * begin at a page boundary, and copying 64 KiB from one to the other takes Bun 40 µs instead of 5.
+ * Unused bytes before the views, so that these do not begin at the boundary of a memory page. A
+ * long string does, and copying is slow if both begin at the same place in a page: making a string
+ * of 64 KiB takes Bun 40 µs without these bytes, and 5 µs with them.
  */
 const UNUSED_BYTES = 64;
 
