@@ -265,7 +265,10 @@ function answer(request: Request, address: string, state: ServerState): Response
 
 /** Returns the items of a header that is a list with commas (RFC 9110 section 5.6.1). */
 function parseList(header: string): string[] {
-  return header.split(",").map((item) => item.replace(/^[ \t]+|[ \t]+$/g, ""));
+  // HTTP allows blanks and tabs around an item. `trim` would also remove a no-break space, and a
+  // regular expression would take very long for a header of many blanks.
+  const trimBlanks = (item: string) => item.includes("\xa0") ? item : item.trim();
+  return header.split(",").map(trimBlanks).filter((item) => item !== "");
 }
 
 function textResponse(status: number, text: string, moreHeaders?: Record<string, string>) {
