@@ -206,8 +206,8 @@ function answer(request: Request, address: string, state: ServerState): Response
     return textResponse(status, reason, moreHeaders);
   }
 
-  // The runtime makes the URL with the Host header, so a Host such as "a/b" would change its path.
-  const url = URL.parse(request.url);
+  // Without a Host header, Bun's URL is only a path. A Host such as "a/b" would change the path.
+  const url = URL.parse(request.url, "http://localhost");
   const isHostValid = /^[\w.:[\]-]*$/.test(header("host")); // also true without a Host header
   if (!url || !isHostValid) return refuse(400, "The URL or the Host header is not valid.");
 
