@@ -222,10 +222,11 @@ function answer(request: Request, address: string, state: ServerState): Response
 
   // RFC 6455 section 4.2.1 says what a handshake must contain.
   if (method !== "GET") return refuse(405, "A handshake must use GET.", { allow: "GET" });
-  if (!header("host")) return refuse(400, "The Host header is missing.");
   if (!isUpgrade) {
-    return refuse(400, "The header Upgrade: websocket is missing.");
+    const hint = "WebSockets need HTTP/1.1 (for curl: --http1.1).";
+    return refuse(400, `The header Upgrade: websocket is missing. ${hint}`);
   }
+  if (!header("host")) return refuse(400, "The Host header is missing.");
   if (!parseList(header("connection").toLowerCase()).includes("upgrade")) {
     return refuse(400, "The header Connection: Upgrade is missing.");
   }
