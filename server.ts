@@ -230,8 +230,8 @@ function answer(request: Request, address: string, state: ServerState): Response
   if (!parseList(header("connection").toLowerCase()).includes("upgrade")) {
     return refuse(400, "The header Connection: Upgrade is missing.");
   }
-  if (headers.has("transfer-encoding") || headers.has("content-length")) {
-    return refuse(400, "A handshake must not have a body, nor a Content-Length.");
+  if (headers.has("transfer-encoding") || Number(header("content-length")) !== 0) {
+    return refuse(400, "A handshake must not have a body.");
   }
   const origin = headers.get("origin");
   if (options.origins && origin !== null && !options.origins.includes(origin)) {
