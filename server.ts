@@ -239,7 +239,7 @@ function answer(request: Request, address: string, state: ServerState): Response
   }
   // The first offer that the server speaks, compared exactly, or the default if nothing is offered.
   const offers = header("sec-websocket-protocol");
-  const isOffered = headers.has("sec-websocket-protocol");
+  const isOffered = offers !== "";
   const subprotocolName = isOffered
     ? parseList(offers).find((name) => Object.hasOwn(options.subprotocols, name))
     : options.defaultSubprotocol;
