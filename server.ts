@@ -216,7 +216,7 @@ function answer(request: Request, address: string, state: ServerState): Response
   if (!isUpgrade && !headers.has("sec-websocket-key")) {
     const isAllowed = method === "GET" || method === "HEAD";
     if (!isAllowed) return textResponse(405, "Use GET.", { allow: "GET, HEAD" });
-    if (url.pathname !== "/") return textResponse(404, "The page is at /.");
+    if (!url.pathname.endsWith("/")) return textResponse(404, "Only the page is here, at /.");
     return new Response(page, { headers: pageHeaders }); // both are at the end of this part
   }
 
