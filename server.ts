@@ -982,7 +982,7 @@ function stopOnSignal(server: Server): void {
     // Ctrl+C may arrive twice, from the terminal and from `deno task`, but not half a second later.
     if (performance.now() - firstSignalTime > 500) process.exit(1);
   }
-  for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, onSignal);
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, onSignal);
 }
 
 type Range = readonly [least: number, most: number];
