@@ -220,6 +220,10 @@ function answer(request: Request, address: string, state: ServerState): Response
     return new Response(page, { headers: pageHeaders }); // both are at the end of this part
   }
 
+  // For tests of clients: a handshake to "/?status=503" is refused with 503.
+  const status = url.searchParams.get("status") ?? "";
+  if (/^[45]\d\d$/.test(status)) return refuse(Number(status), "The URL asks for this status.");
+
   // RFC 6455 section 4.2.1 says what a handshake must contain.
   if (method !== "GET") return refuse(405, "A handshake must use GET.", { allow: "GET" });
   if (!isUpgrade) {
